@@ -1,0 +1,92 @@
+"""Every error that tinfer raises on purpose, and how a client sees each.
+
+TinferError
+├── RequestError            the request is at fault
+│   ├── InvalidRequest          400
+│   │   └── PromptTooLong       400
+│   └── ModelNotFound           404
+├── ServerError             the request is fine, tinfer could not serve it
+│   ├── Overloaded              429, with Retry-After
+│   ├── NoWorker                503, no worker lives
+│   ├── WorkerLost              500, the worker died with the request on it
+│   └── EngineFailed            500, the engine refused or broke on the request
+└── StartError              `tinfer serve` cannot start; one line, exit code 2
+    └── WorkerCannotStart
+"""
+
+from __future__ import annotations
+
+
+class TinferError(Exception):
+    """Base of all errors below; `message` is one line for a person."""
+
+    http_status = 500
+    error_type = "InternalServerError"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class RequestError(TinferError):
+    """The client has to change the request; `param` names the field at fault when one is."""
+
+    http_status = 400
+    error_type = "BadRequestError"
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class InvalidRequest(RequestError):
+    """A field is missing, has the wrong type, is out of range or is not supported."""
+
+
+class PromptTooLong(InvalidRequest):
+    """The prompt (plus the tokens asked for) does not fit the model."""
+
+
+class ModelNotFound(RequestError):
+    """No model of that name is served."""
+
+    http_status = 404
+    error_type = "NotFoundError"
+
+
+class ServerError(TinferError):
+    """The request is valid, but it cannot be answered now."""
+
+
+class Overloaded(ServerError):
+    """A bound is reached; `retry_after_s` is when to try again."""
+
+    http_status = 429
+    error_type = "TooManyRequestsError"
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class NoWorker(ServerError):
+    """No worker that could serve the request is alive, or the server is stopping."""
+
+    http_status = 503
+    error_type = "ServiceUnavailableError"
+
+
+class WorkerLost(ServerError):
+    """The worker that held the request died before it finished."""
+
+
+class EngineFailed(ServerError):
+    """The engine refused the request or failed while it computed it."""
+
+
+class StartError(TinferError):
+    """`tinfer serve` cannot start; the CLI prints `message` and exits with code 2."""
+
+
+class WorkerCannotStart(StartError):
+    """A worker reported why it cannot serve, or died before it was ready."""
