@@ -1,0 +1,200 @@
+"""What can happen to the scheduler, and what it can ask for: its whole interface to the world.
+
+Events are facts, in the order in which the master learned them. Actions are requests that the
+master carries out in order; none of them may fail back into the scheduler except as a later event.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from tinfer.core.types import Capacity, LeaseKey, Role, Route
+
+# --- events ----------------------------------------------------------------------------------
+
+
+class Arrived(Struct, tag=True, frozen=True):
+    """A valid request. `max_output_tokens` ≥ 1 bounds the answer; `route` is the client's wish."""
+
+    request_id: str
+    prompt_tokens: int
+    max_output_tokens: int
+    route: Route | None = None
+
+
+class Cancelled(Struct, tag=True, frozen=True):
+    """The client has left, or a deadline has passed; unknown or finished ids are ignored."""
+
+    request_id: str
+
+
+class WorkerExpected(Struct, tag=True, frozen=True):
+    """An incarnation of this worker is to come. Said once per worker before its first `WorkerUp`;
+    from then on a worker that goes down is expected back until `WorkerGone`."""
+
+    worker_id: str
+    role: Role
+
+
+class WorkerUp(Struct, tag=True, frozen=True):
+    """An incarnation serves from now on."""
+
+    worker_id: str
+    generation: int
+    role: Role
+    capacity: Capacity
+
+
+class WorkerDown(Struct, tag=True, frozen=True):
+    """That incarnation is seen dead: nothing of it computes, reads or holds any more."""
+
+    worker_id: str
+    generation: int
+
+
+class WorkerGone(Struct, tag=True, frozen=True):
+    """The supervisor has given this worker up: no further incarnation of it will come."""
+
+    worker_id: str
+
+
+class FirstToken(Struct, tag=True, frozen=True):
+    """The worker that prefills has sampled a token and the request goes on *on that worker*."""
+
+    request_id: str
+    worker_id: str
+    generation: int
+
+
+class Prefilled(Struct, tag=True, frozen=True):
+    """A split request's prefill is done and its blocks are held under `lease`."""
+
+    request_id: str
+    worker_id: str
+    generation: int
+    lease: LeaseKey
+    num_blocks: int
+
+
+class Pulled(Struct, tag=True, frozen=True):
+    """The decode worker has stopped reading: it has the blocks (`ok`) or recomputes the prompt."""
+
+    request_id: str
+    worker_id: str
+    generation: int
+    ok: bool
+
+
+class WorkerFinished(Struct, tag=True, frozen=True):
+    """A worker says the request is over there: answered, aborted, refused or failed.
+
+    `answered` is false where no complete answer came (refused, aborted, engine error). `refused`
+    says more: the engine never took the request, so nothing there will ever read its lease. Any
+    other end leaves the lease to the reader, which marks it done once it has stopped.
+    """
+
+    request_id: str
+    worker_id: str
+    generation: int
+    answered: bool
+    refused: bool = False
+
+
+class LeaseOpened(Struct, tag=True, frozen=True):
+    """A worker holds blocks for a request that needs no decode (it finished with its first token,
+    or was cancelled meanwhile): nobody will read them."""
+
+    lease: LeaseKey
+    num_blocks: int
+
+
+class LeaseEnded(Struct, tag=True, frozen=True):
+    """The owner has freed the blocks of that lease."""
+
+    lease: LeaseKey
+
+
+class LeaseOverdue(Struct, tag=True, frozen=True):
+    """The lease is past its deadline and its owner asks what to do."""
+
+    lease: LeaseKey
+
+
+class Tick(Struct, tag=True, frozen=True):
+    """Time has passed; lets policies that wait for time act."""
+
+
+Event = (
+    Arrived
+    | Cancelled
+    | WorkerExpected
+    | WorkerUp
+    | WorkerDown
+    | WorkerGone
+    | FirstToken
+    | Prefilled
+    | Pulled
+    | WorkerFinished
+    | LeaseOpened
+    | LeaseEnded
+    | LeaseOverdue
+    | Tick
+)
+
+# --- actions ---------------------------------------------------------------------------------
+
+
+class StartPrefill(Struct, tag=True, frozen=True):
+    """Compute the prompt and the first token there, then hold the blocks."""
+
+    request_id: str
+    worker_id: str
+    generation: int
+
+
+class StartWhole(Struct, tag=True, frozen=True):
+    """Compute the whole request there."""
+
+    request_id: str
+    worker_id: str
+    generation: int
+
+
+class StartDecode(Struct, tag=True, frozen=True):
+    """Pull the blocks of `lease` there and decode from the first token on."""
+
+    request_id: str
+    worker_id: str
+    generation: int
+    lease: LeaseKey
+
+
+class AbortOn(Struct, tag=True, frozen=True):
+    """Stop the request there; the worker answers with an end of its own."""
+
+    request_id: str
+    worker_id: str
+    generation: int
+
+
+class ReleaseLease(Struct, tag=True, frozen=True):
+    """Tell the owner that no reader will come, or that it is dead."""
+
+    lease: LeaseKey
+
+
+class ExtendLease(Struct, tag=True, frozen=True):
+    """Tell the owner that the reader lives."""
+
+    lease: LeaseKey
+
+
+class Fail(Struct, tag=True, frozen=True):
+    """Answer the client with an error; `cause` is `worker-lost`, `no-worker` or `queue-full`."""
+
+    request_id: str
+    cause: str
+    message: str
+
+
+Action = StartPrefill | StartWhole | StartDecode | AbortOn | ReleaseLease | ExtendLease | Fail

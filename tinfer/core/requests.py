@@ -1,0 +1,101 @@
+"""Requests as the scheduler knows them, from arrival until no worker computes them any more.
+
+A request is *open* until its client is answered. One that was cancelled while a worker computes it
+becomes a *zombie*: over for the client, still counted on that worker until the worker says that it
+stopped, so that no seat or token budget is given away twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tinfer.core.lifecycle import LifecycleError, move
+from tinfer.core.types import LeaseKey, Phase, Route
+
+if TYPE_CHECKING:
+    from tinfer.core.fleet import Worker
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request. Only the scheduler writes it; policies read it.
+
+    `wish` is the route chosen at arrival, `route` the one really taken. `at` is the incarnation
+    that computes it, with `prefill_tokens` and `num_blocks` as they are counted there.
+    """
+
+    id: str
+    prompt_tokens: int
+    max_output_tokens: int
+    arrival_seq: int
+    arrived_s: float
+    wish: Route
+    phase: Phase = Phase.QUEUED
+    route: Route | None = None
+    at: Worker | None = None
+    prefill_tokens: int = 0
+    num_blocks: int = 0
+    lease: LeaseKey | None = None
+
+
+class RequestTable:
+    """Every open request and every zombie by id, with the number of open ones per phase."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, Request] = {}
+        self._zombies: dict[str, Request] = {}
+        self._num_by_phase: dict[Phase, int] = {
+            phase: 0 for phase in Phase if phase is not Phase.FINISHED
+        }
+
+    def add(self, request: Request) -> None:
+        """Open a request. Raises `LifecycleError` if its id is in use."""
+        if request.id in self._open or request.id in self._zombies:
+            raise LifecycleError(f"{request.id}: arrived twice")
+        self._open[request.id] = request
+        self._num_by_phase[request.phase] += 1
+
+    def get(self, request_id: str) -> Request | None:
+        """The open request of that id."""
+        return self._open.get(request_id)
+
+    def at(self, request_id: str, worker: Worker) -> Request | None:
+        """The open request or zombie of that id, if this very incarnation computes it."""
+        request = self._open.get(request_id) or self._zombies.get(request_id)
+        return request if request is not None and request.at is worker else None
+
+    def is_zombie(self, request: Request) -> bool:
+        """Whether the request is over for its client and not yet for its worker."""
+        return request.id in self._zombies
+
+    def move(self, request: Request, phase: Phase) -> None:
+        """Change an open request's phase; FINISHED closes it. Raises `LifecycleError`."""
+        before = request.phase
+        move(request, phase)
+        self._num_by_phase[before] -= 1
+        if phase is Phase.FINISHED:
+            del self._open[request.id]
+        else:
+            self._num_by_phase[phase] += 1
+
+    def bereave(self, request: Request) -> None:
+        """Close an open request that a worker still computes: it becomes a zombie."""
+        self.move(request, Phase.FINISHED)
+        self._zombies[request.id] = request
+
+    def bury(self, request: Request) -> None:
+        """The worker has stopped computing this zombie."""
+        del self._zombies[request.id]
+
+    @property
+    def num_open(self) -> int:
+        return len(self._open)
+
+    @property
+    def num_zombies(self) -> int:
+        return len(self._zombies)
+
+    def num_by_phase(self) -> dict[str, int]:
+        """Open requests per phase, zeros included."""
+        return {phase.value: num for phase, num in self._num_by_phase.items()}

@@ -1,0 +1,353 @@
+"""The scheduler: every event of the cluster goes in, what is to be done about it comes out.
+
+It is the only writer of scheduling state, and pure: no clock, no I/O, no randomness of its own, so
+that the live loop and the simulator share it and a recorded event log replays to the same actions.
+Its invariants: every accepted request ends exactly once; blocks are given up only on word that
+their reader has stopped; no action addresses an incarnation that is not live. `LifecycleError` or
+`LedgerError` out of `on_event` means that one of them would break; the events named below as late
+are the ones that a race explains, and those are ignored.
+"""
+
+from __future__ import annotations
+
+from tinfer.core import events as ev
+from tinfer.core.fleet import Fleet, Worker
+from tinfer.core.ledger import Lease, LeaseState, Ledger
+from tinfer.core.policies.registry import build_policies
+from tinfer.core.requests import Request, RequestTable
+from tinfer.core.types import (
+    LedgerSnapshot,
+    Phase,
+    Role,
+    Route,
+    SchedulerConfig,
+    WorkerSnapshot,
+)
+
+
+class Scheduler:
+    """Owns every request from arrival to its end. Raises `UnknownPolicy` for a config's mistake."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._max_num_queued_reqs = config.max_num_queued_reqs
+        self._policies = build_policies(config)
+        self._queues = self._policies.queues
+        # Prefilled and waiting for a reader, by the source's role, which decides who may read:
+        # within one of the two all wait for the same workers, so strict order blocks nobody.
+        self._handoffs: dict[Role, dict[str, Request]] = {Role.PREFILL: {}, Role.BOTH: {}}
+        self._requests = RequestTable()
+        self._ledger = Ledger()
+        self._fleet = Fleet()
+        self._num_arrived = 0
+        self._actions: list[ev.Action] = []
+
+    def on_event(self, event: ev.Event, now_s: float) -> list[ev.Action]:
+        """Take in one fact and return what is to be done, in order.
+
+        `now_s` never goes back. Raises `LifecycleError` or `LedgerError` for what cannot happen.
+        """
+        actions: list[ev.Action] = []
+        self._actions = actions
+        self._apply(event, now_s)
+        self._admit_handoffs(now_s)
+        self._start_queued(now_s)
+        return actions
+
+    def request_phase(self, request_id: str) -> Phase | None:
+        """The phase of an open request; None once it is over, and for an unknown one."""
+        request = self._requests.get(request_id)
+        return None if request is None else request.phase
+
+    def ledger_snapshot(self) -> LedgerSnapshot:
+        """Every open account; all zero when idle."""
+        return LedgerSnapshot(
+            open_requests=self._requests.num_open,
+            requests_by_phase=self._requests.num_by_phase(),
+            leases=self._ledger.num_leases,
+            held_blocks={worker.id: worker.num_held_blocks for worker in self._fleet.workers},
+            pulls=self._ledger.num_pulls,
+            zombies=self._requests.num_zombies,
+        )
+
+    def workers_snapshot(self) -> list[WorkerSnapshot]:
+        """Every live incarnation, by `worker_id`."""
+        return [worker.snapshot() for worker in self._fleet.workers]
+
+    def _apply(self, event: ev.Event, now_s: float) -> None:
+        match event:
+            case ev.Arrived():
+                self._arrived(event, now_s)
+            case ev.Cancelled():
+                self._cancelled(event)
+            case ev.FirstToken():
+                self._first_token(event)
+            case ev.Prefilled():
+                self._prefilled(event)
+            case ev.Pulled():
+                self._pulled(event)
+            case ev.WorkerFinished():
+                self._worker_finished(event)
+            case ev.LeaseOpened():
+                self._lease_opened(event)
+            case ev.LeaseEnded():
+                self._lease_ended(event)
+            case ev.LeaseOverdue():
+                self._lease_overdue(event)
+            case ev.WorkerExpected():
+                self._fleet.expect(event.worker_id, event.role)
+            case ev.WorkerUp():
+                self._fleet.up(event)
+            case ev.WorkerDown():
+                self._worker_down(event)
+            case ev.WorkerGone():
+                self._fleet.give_up(event.worker_id)
+            case ev.Tick():
+                pass
+
+    # --- requests ----------------------------------------------------------------------------
+
+    def _arrived(self, event: ev.Arrived, now_s: float) -> None:
+        if not self._fleet.workers:
+            return self._refuse(event.request_id, "no-worker", "no worker is up")
+        if sum(map(len, self._queues.values())) >= self._max_num_queued_reqs:
+            return self._refuse(event.request_id, "queue-full", "too many requests are waiting")
+        request = Request(
+            id=event.request_id,
+            prompt_tokens=event.prompt_tokens,
+            max_output_tokens=event.max_output_tokens,
+            arrival_seq=self._num_arrived,
+            arrived_s=now_s,
+            wish=Route.WHOLE,
+        )
+        # One token is all prefill: there is nothing to hand off.
+        if event.max_output_tokens > 1:
+            chosen = event.route or self._policies.route.route(request, self._fleet, now_s)
+            request.wish = chosen
+        self._requests.add(request)
+        self._num_arrived += 1
+        self._queues[request.wish].add(request, now_s)
+
+    def _cancelled(self, event: ev.Cancelled) -> None:
+        request = self._requests.get(event.request_id)
+        if request is None:  # late: it has just ended
+            return
+        if request.at is not None:
+            worker = request.at
+            self._actions.append(ev.AbortOn(request.id, worker.id, worker.generation))
+            return self._requests.bereave(request)
+        if request.phase is Phase.QUEUED:
+            self._queues[request.wish].discard(request)
+        else:
+            self._release_waiting(request)
+        self._requests.move(request, Phase.FINISHED)
+
+    def _first_token(self, event: ev.FirstToken) -> None:
+        worker = self._fleet.get(event.worker_id, event.generation)
+        request = worker and self._requests.at(event.request_id, worker)
+        if not worker or not request or request.route is not Route.WHOLE:  # late
+            return
+        worker.prefill_done(request)
+        if request.phase is Phase.PREFILLING:
+            self._requests.move(request, Phase.DECODING)
+
+    def _prefilled(self, event: ev.Prefilled) -> None:
+        worker = self._fleet.get(event.worker_id, event.generation)
+        if worker is None:  # late: an incarnation that was seen dead
+            return
+        request = self._requests.at(event.request_id, worker)
+        if request is None or request.route is not Route.SPLIT or request.lease is not None:
+            lease = self._ledger.open(event.lease, worker, event.num_blocks, None)
+            return self._release(lease)
+        lease = self._ledger.open(event.lease, worker, event.num_blocks, request.id)
+        request.lease = event.lease
+        worker.remove(request)
+        if self._requests.is_zombie(request):
+            self._requests.bury(request)
+            return self._release(lease)
+        self._requests.move(request, Phase.HANDOFF)
+        self._handoffs[worker.role][request.id] = request
+
+    def _pulled(self, event: ev.Pulled) -> None:
+        worker = self._fleet.get(event.worker_id, event.generation)
+        if worker is None:  # late
+            return
+        # Also after the end of the request: an abort need not wait for the copy to stop.
+        self._ledger.stop_read(event.request_id, worker)
+        request = self._requests.at(event.request_id, worker)
+        if request is None:
+            return
+        self._ledger.stop_pull(request.id)
+        if request.phase is Phase.HANDOFF:
+            self._requests.move(request, Phase.DECODING)
+
+    def _worker_finished(self, event: ev.WorkerFinished) -> None:
+        worker = self._fleet.get(event.worker_id, event.generation)
+        request = worker and self._requests.at(event.request_id, worker)
+        if not worker or not request:  # late: cancelled there after it had moved on
+            return
+        lease = self._ledger.of_request(request.id)
+        if lease is not None and lease.state is LeaseState.READING and event.refused:
+            self._release(lease)
+        if event.answered:
+            self._ledger.stop_read(request.id, worker)
+        self._ledger.stop_pull(request.id)
+        worker.remove(request)
+        self._close(request)
+
+    # --- leases ------------------------------------------------------------------------------
+
+    def _lease_opened(self, event: ev.LeaseOpened) -> None:
+        worker = self._fleet.get(event.lease.worker_id, event.lease.worker_generation)
+        if worker is not None:
+            self._release(self._ledger.open(event.lease, worker, event.num_blocks, None))
+
+    def _lease_ended(self, event: ev.LeaseEnded) -> None:
+        if self._fleet.get(event.lease.worker_id, event.lease.worker_generation) is not None:
+            self._ledger.end(event.lease)
+
+    def _lease_overdue(self, event: ev.LeaseOverdue) -> None:
+        lease = self._ledger.get(event.lease)
+        if lease is None or lease.state is LeaseState.RELEASED:  # late: the answer is on its way
+            return
+        if lease.state is LeaseState.READ:
+            return self._release(lease)
+        # A dead reader's lease is RELEASED and so is one that nobody wants: this reader lives,
+        # or the request still waits for one.
+        self._actions.append(ev.ExtendLease(lease.key))
+
+    # --- workers -----------------------------------------------------------------------------
+
+    def _worker_down(self, event: ev.WorkerDown) -> None:
+        worker = self._fleet.down(event.worker_id, event.generation)
+        if worker is None:  # late, or it never came up
+            return
+        for lease in self._ledger.end_all_of(worker):
+            if lease.state is LeaseState.WAITING and lease.request_id is not None:
+                self._lose(self._handoffs[worker.role].pop(lease.request_id), worker)
+        for lease in self._ledger.read_by(worker):
+            if lease.state is not LeaseState.RELEASED:
+                self._release(lease)
+        for request in list(worker.requests.values()):
+            self._ledger.stop_pull(request.id)
+            worker.remove(request)
+            if self._requests.is_zombie(request):
+                self._requests.bury(request)
+            else:
+                self._lose(request, worker)
+
+    # --- placement ---------------------------------------------------------------------------
+
+    def _admit_handoffs(self, now_s: float) -> None:
+        """Give waiting hand-offs to decode workers with room, in order of their prefill's end."""
+        for source, waiting in self._handoffs.items():
+            readers = self._fleet.readers(source) if waiting else []
+            if waiting and not self._fleet.expects_reader(source):
+                self._fail_handoffs(waiting)
+            while waiting:
+                request = next(iter(waiting.values()))
+                worker = self._choose_reader(request, readers, now_s)
+                if worker is None:
+                    break
+                del waiting[request.id]
+                self._start_decode(request, worker)
+
+    def _choose_reader(
+        self, request: Request, readers: list[Worker], now_s: float
+    ) -> Worker | None:
+        admits = self._policies.decode_admission.admits
+        candidates = [worker for worker in readers if admits(request, worker, now_s)]
+        if not candidates:
+            return None
+        return self._policies.decode_choice.choose(request, candidates, now_s)
+
+    def _start_decode(self, request: Request, worker: Worker) -> None:
+        lease = self._lease_of(request)
+        self._ledger.start_read(lease, worker)
+        self._ledger.start_pull(request.id)
+        worker.place(request, prefill_tokens=0)
+        self._actions.append(ev.StartDecode(request.id, worker.id, worker.generation, lease.key))
+
+    def _start_queued(self, now_s: float) -> None:
+        """Start queued requests, earliest arrival first between the two queues."""
+        if self._fleet.is_exhausted:
+            self._fail_queued(now_s)
+        open_queues = list(self._queues.values())
+        while True:
+            heads = [(queue.first(now_s), queue) for queue in open_queues if len(queue)]
+            ready = [(request, queue) for request, queue in heads if request is not None]
+            if not ready:
+                return
+            request, queue = min(ready, key=lambda head: head[0].arrival_seq)
+            if self._start(request, now_s):
+                queue.discard(request)
+            else:
+                open_queues.remove(queue)
+
+    def _start(self, request: Request, now_s: float) -> bool:
+        """Start a queued request if a worker takes it now.
+
+        A request that wants to split where no two live workers can is computed whole.
+        """
+        split = request.wish is Route.SPLIT and bool(self._fleet.split_sources)
+        workers = self._fleet.split_sources if split else self._workers_for_whole()
+        candidates = [worker for worker in workers if worker.takes_prefill]
+        choice = self._policies.prefill_choice if split else self._policies.whole_choice
+        worker = choice.choose(request, candidates, now_s) if candidates else None
+        if worker is None:
+            return False
+        request.route = Route.SPLIT if split else Route.WHOLE
+        worker.place(request, prefill_tokens=request.prompt_tokens)
+        self._requests.move(request, Phase.PREFILLING)
+        start = ev.StartPrefill if split else ev.StartWhole
+        self._actions.append(start(request.id, worker.id, worker.generation))
+        return True
+
+    def _workers_for_whole(self) -> list[Worker]:
+        """All but those that a waiting hand-off could go to: it was first, and it holds memory."""
+        waits = [source for source, waiting in self._handoffs.items() if waiting]
+        wanted = {worker.id for source in waits for worker in self._fleet.readers(source)}
+        return [worker for worker in self._fleet.workers if worker.id not in wanted]
+
+    # --- ends --------------------------------------------------------------------------------
+
+    def _refuse(self, request_id: str, cause: str, message: str) -> None:
+        self._actions.append(ev.Fail(request_id, cause, message))
+
+    def _fail(self, request: Request, cause: str, message: str) -> None:
+        self._refuse(request.id, cause, message)
+        self._requests.move(request, Phase.FINISHED)
+
+    def _lose(self, request: Request, worker: Worker) -> None:
+        self._fail(request, "worker-lost", f"worker {worker.id} died before the request finished")
+
+    def _fail_queued(self, now_s: float) -> None:
+        for queue in self._queues.values():
+            while (request := queue.first(now_s)) is not None:
+                queue.discard(request)
+                self._fail(request, "no-worker", "no worker is up and none will come")
+
+    def _fail_handoffs(self, waiting: dict[str, Request]) -> None:
+        for request in list(waiting.values()):
+            self._release_waiting(request)
+            self._fail(request, "worker-lost", "no worker is left to decode the request")
+
+    def _close(self, request: Request) -> None:
+        if self._requests.is_zombie(request):
+            self._requests.bury(request)
+        else:
+            self._requests.move(request, Phase.FINISHED)
+
+    def _lease_of(self, request: Request) -> Lease:
+        lease = self._ledger.of_request(request.id)
+        assert lease is not None, f"{request.id} waits for a reader without a lease"
+        return lease
+
+    def _release_waiting(self, request: Request) -> None:
+        """The request waits for a reader and none will come."""
+        lease = self._lease_of(request)
+        del self._handoffs[lease.owner.role][request.id]
+        self._release(lease)
+
+    def _release(self, lease: Lease) -> None:
+        self._ledger.release(lease)
+        self._actions.append(ev.ReleaseLease(lease.key))

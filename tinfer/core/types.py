@@ -1,0 +1,102 @@
+"""The nouns of scheduling: phases, routes, roles, leases, and what the core knows of a worker."""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+
+class Phase(enum.Enum):
+    """Where a request is; the legal moves are `lifecycle.LEGAL`."""
+
+    QUEUED = "queued"
+    PREFILLING = "prefilling"
+    HANDOFF = "handoff"
+    DECODING = "decoding"
+    FINISHED = "finished"
+
+
+class Route(enum.Enum):
+    """SPLIT: prefill and decode on two workers. WHOLE: one worker does both."""
+
+    SPLIT = "split"
+    WHOLE = "whole"
+
+
+class Role(enum.Enum):
+    """A label that only the scheduler keeps; every engine can do both phases."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    BOTH = "both"
+
+    @property
+    def prefills(self) -> bool:
+        return self is not Role.DECODE
+
+    @property
+    def decodes(self) -> bool:
+        return self is not Role.PREFILL
+
+
+class LeaseKey(Struct, frozen=True):
+    """A lease, unique over workers and their incarnations."""
+
+    worker_id: str
+    worker_generation: int
+    slot: int
+    lease_generation: int
+
+
+class Capacity(Struct, frozen=True):
+    """What one worker can hold: KV blocks of `block_tokens` tokens, sequences, tokens per step."""
+
+    num_blocks: int
+    block_tokens: int
+    max_num_seqs: int
+    chunk_tokens: int
+
+
+class SchedulerConfig(Struct, frozen=True):
+    """Which policy of each kind decides, by its registered name, and the bound of the queue."""
+
+    route: str = "auto"
+    prefill_order: str = "fcfs"
+    prefill_choice: str = "least-loaded"
+    whole_choice: str = "least-loaded"
+    decode_choice: str = "least-loaded"
+    decode_admission: str = "greedy"
+    max_num_queued_reqs: Annotated[int, Meta(ge=1)] = 1024
+
+
+class WorkerSnapshot(Struct, frozen=True):
+    """What the scheduler believes of one live incarnation."""
+
+    worker_id: str
+    generation: int
+    role: Role
+    outstanding_prefill_tokens: int
+    num_seqs: int
+    num_projected_blocks: int
+    num_held_blocks: int
+
+
+class LedgerSnapshot(Struct, frozen=True):
+    """The open accounts, as counts. `held_blocks` is by live worker; `zombies` are requests that
+    are over for the client while a worker has not yet said that it stopped."""
+
+    open_requests: int
+    requests_by_phase: dict[str, int]
+    leases: int
+    held_blocks: dict[str, int]
+    pulls: int
+    zombies: int
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether every account is closed, as it must be when the server is idle."""
+        counts = (self.open_requests, self.leases, self.pulls, self.zombies)
+        by_key = (*self.requests_by_phase.values(), *self.held_blocks.values())
+        return not any(counts) and not any(by_key)
