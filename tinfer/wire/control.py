@@ -1,0 +1,108 @@
+"""What the supervisor and the zygote say to each other over their private socket pair.
+
+Frames are a 4-byte little-endian length and a msgpack body. The zygote forks workers on demand and
+reports how each one ended; it never opens a network socket and never imports the master.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from typing import Literal
+
+import msgspec
+from msgspec import Struct
+
+_LENGTH = struct.Struct("<I")
+MAX_FRAME_BYTES = 1 << 20
+
+
+class WorkerSpec(Struct, frozen=True, forbid_unknown_fields=True):
+    """All that one incarnation of a worker needs to know before it has a socket.
+
+    `environment` is set in the child before any device is touched; `cpus` are the cores that it is
+    bound to (empty: not bound). `engine_args` are vLLM engine arguments by vLLM's names.
+    """
+
+    worker_id: str
+    generation: int
+    engine: Literal["vllm", "fake"]
+    model_dir: str
+    socket_path: str
+    log_path: str
+    kv_transport: str
+    device: Literal["cpu", "cuda"]
+    cpus: list[int]
+    environment: dict[str, str]
+    engine_args: dict[str, str | int | float | bool]
+    lease_ttl_s: float
+    fake: dict[str, int | float] = {}
+
+
+class Fork(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
+    """Start a worker."""
+
+    spec: WorkerSpec
+
+
+class Forked(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
+    """The worker's process exists; `forked` is false where it had to be spawned afresh."""
+
+    worker_id: str
+    generation: int
+    pid: int
+    forked: bool
+    note: str = ""
+
+
+class Exited(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
+    """The worker's process has ended and is reaped; `status` is an exit code, or minus a signal."""
+
+    pid: int
+    status: int
+
+
+class Imported(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
+    """The zygote has done its imports and takes orders; `seconds` is what they took."""
+
+    seconds: float
+
+
+Control = Fork | Forked | Exited | Imported
+
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODER: msgspec.msgpack.Decoder[Control] = msgspec.msgpack.Decoder(Control)
+
+
+def pack(message: Control) -> bytes:
+    """One frame, ready to be written."""
+    body = _ENCODER.encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+class FrameReader:
+    """Cuts a byte stream into messages, however the bytes arrive."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[Control]:
+        """Messages completed by `data`. Raises `ValueError` for a frame over the limit and
+        `msgspec.DecodeError` for one that is not a `Control`."""
+        self._buffer += data
+        messages: list[Control] = []
+        while len(self._buffer) >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._buffer)
+            if length > MAX_FRAME_BYTES:
+                raise ValueError(f"control frame of {length} bytes")
+            end = _LENGTH.size + length
+            if len(self._buffer) < end:
+                break
+            messages.append(_DECODER.decode(bytes(self._buffer[_LENGTH.size : end])))
+            del self._buffer[:end]
+        return messages
+
+
+def send(sock: socket.socket, message: Control) -> None:
+    """Write one whole frame to a blocking socket."""
+    sock.sendall(pack(message))

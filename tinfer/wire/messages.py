@@ -1,0 +1,268 @@
+"""Everything that crosses the sockets between the master and its workers.
+
+One tagged union per direction and one typed decoder for each: a message that is not in the union,
+or has a field that is not declared, is an error at once. Plain msgpack data only. The hand-off
+descriptors (`Export`, `Geometry`) belong to `worker/kv`; the master passes them on unread.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Struct
+
+from tinfer.core.sampling import SamplingSpec, TokenLogprobs
+
+
+class LeaseId(Struct, frozen=True, forbid_unknown_fields=True):
+    """One row of one worker's lease table, in one of its incarnations."""
+
+    slot: int
+    generation: int
+
+
+class Source(Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a decode worker finds the KV blocks of a finished prefill.
+
+    `blocks` is the owner's encoded `SourceBlocks` (`worker/kv`), opaque to the master.
+    """
+
+    worker_id: str
+    worker_generation: int
+    lease: LeaseId
+    num_tokens: int
+    num_blocks: int
+    blocks: bytes
+
+
+# --- master → worker -------------------------------------------------------------------------
+
+
+class Start(Struct, tag=True, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Compute a request: all of it (`whole`), its prefill, or its decode from a `source`.
+
+    `prompt` is little-endian int32 token ids: 20K ids encode and decode as one copy. For `decode`,
+    `first_token` is the token that the client already has and `cached_tokens` the prefill side's
+    prefix hit, carried for usage.
+    """
+
+    request_id: str
+    kind: Literal["whole", "prefill", "decode"]
+    prompt: bytes
+    sampling: SamplingSpec
+    source: Source | None = None
+    first_token: int | None = None
+    cached_tokens: int = 0
+
+
+class Abort(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
+    """Stop these requests; unknown ones are ignored, since they may just have finished."""
+
+    request_ids: list[str]
+
+
+class ReleaseLease(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
+    """No reader will come, or it is dead: end the lease and free its blocks."""
+
+    lease: LeaseId
+
+
+class ExtendLease(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
+    """The reader lives: move the lease's deadline."""
+
+    lease: LeaseId
+    extra_s: float
+
+
+class PeerUp(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
+    """Another worker is ready; `export` is its `Ready.export`, to be mapped at the first pull."""
+
+    worker_id: str
+    generation: int
+    export: bytes
+
+
+class PeerDown(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
+    """That incarnation is dead: close its mappings once pulls from it have stopped."""
+
+    worker_id: str
+    generation: int
+
+
+class Wake(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
+    """Look at the lease table now: a reader has just marked one of its leases done."""
+
+
+class Stop(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
+    """Leave the loop, close everything and exit with code 0."""
+
+
+ToWorker = Start | Abort | ReleaseLease | ExtendLease | PeerUp | PeerDown | Wake | Stop
+
+
+# --- worker → master -------------------------------------------------------------------------
+
+
+class WorkerStats(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What the engine holds and has done, as of the message that carries it.
+
+    Counters grow for the life of one incarnation. `num_used_blocks` counts blocks owned by a
+    request or held under a lease; blocks that only the prefix cache remembers are free.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_used_blocks: int = 0
+    num_open_leases: int = 0
+    num_mapped_peers: int = 0
+    num_stale_mappings: int = 0
+    num_steps: int = 0
+    num_computed_prompt_tokens: int = 0
+    num_recomputed_pulled_tokens: int = 0
+    num_preemptions: int = 0
+    num_pulls: int = 0
+    num_failed_pulls: int = 0
+    pulled_bytes: int = 0
+    pull_s: float = 0.0
+
+
+class Ready(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
+    """The engine is built and serves; the first message of an incarnation that starts well.
+
+    `export` is what peers need to map this worker's KV memory (`worker/kv`), opaque to the master.
+    """
+
+    pid: int
+    max_model_len: int
+    block_tokens: int
+    num_blocks: int
+    kv_bytes: int
+    max_num_seqs: int
+    chunk_tokens: int
+    vocab_size: int
+    transport: str
+    device: str
+    dtype: str
+    engine: str
+    export: bytes
+    start_s: dict[str, float] = {}
+
+
+class CannotStart(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
+    """The engine could not be built; the worker exits after this."""
+
+    reason: str
+
+
+class Output(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What one engine step added to one request.
+
+    `num_output_tokens` and `text_len` are totals after this output, so that the master can forward
+    just what the client lacks: a decode worker repeats the first token, and text is matched by
+    length, never by content. `source` is set when a prefill ended with its blocks held; together
+    with a `finish_reason` it means that nobody will read them (a stop string within the first
+    token) and that the master is to release the lease.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    num_output_tokens: int
+    text: str
+    text_len: int
+    finish_reason: Literal["stop", "length", "abort", "error"] | None = None
+    stop_reason: int | str | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    cached_tokens: int | None = None
+    source: Source | None = None
+
+
+class Step(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
+    """One engine step: every request's new tokens in one message."""
+
+    outputs: list[Output]
+    stats: WorkerStats
+
+
+class Refused(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
+    """The engine does not take this request; `client_fault` tells a 400 from a 500."""
+
+    request_id: str
+    message: str
+    client_fault: bool
+
+
+class PullDone(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
+    """The reader has stopped: copied (`ok`), or failed and the prompt is recomputed here."""
+
+    request_id: str
+    ok: bool
+    reason: str
+    num_bytes: int
+    copy_s: float
+    handoff_s: float
+
+
+class LeasesEnded(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
+    """The owner has freed the blocks of these leases."""
+
+    leases: list[LeaseId]
+    stats: WorkerStats
+
+
+class LeasesOverdue(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
+    """These leases are past their deadline; the owner asks, and frees nothing by itself."""
+
+    leases: list[LeaseId]
+
+
+class Aborted(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
+    """The engine no longer computes these requests (their blocks may still wait for a reader)."""
+
+    request_ids: list[str]
+
+
+class Idle(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
+    """The engine has just run out of work; carries the figures that a last step left behind."""
+
+    stats: WorkerStats
+
+
+class Fault(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
+    """The engine broke; the worker exits after this."""
+
+    reason: str
+
+
+ToMaster = (
+    Ready
+    | CannotStart
+    | Step
+    | Refused
+    | PullDone
+    | LeasesEnded
+    | LeasesOverdue
+    | Aborted
+    | Idle
+    | Fault
+)
+
+_ENCODER = msgspec.msgpack.Encoder()
+_TO_WORKER: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+_TO_MASTER: msgspec.msgpack.Decoder[ToMaster] = msgspec.msgpack.Decoder(ToMaster)
+
+
+def encode(message: Struct) -> bytes:
+    """One message as msgpack."""
+    return _ENCODER.encode(message)
+
+
+def decode_to_worker(data: Any) -> ToWorker:
+    """A message for a worker. Raises `msgspec.DecodeError` for anything else."""
+    return _TO_WORKER.decode(data)
+
+
+def decode_to_master(data: Any) -> ToMaster:
+    """A message for the master. Raises `msgspec.DecodeError` for anything else."""
+    return _TO_MASTER.decode(data)
