@@ -1,0 +1,83 @@
+"""What the worker's loop asks of an engine; vLLM's and the fake one both answer to it.
+
+An engine is driven from one thread. It owns its KV memory, its leases and its pulls, and reports
+what became of them as notices, which the loop sends on unchanged.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from tinfer.wire.messages import (
+    Aborted,
+    LeaseId,
+    LeasesEnded,
+    LeasesOverdue,
+    Output,
+    PullDone,
+    Ready,
+    Start,
+    WorkerStats,
+)
+
+Notice = PullDone | LeasesEnded | LeasesOverdue | Aborted
+
+
+class EngineRefusal(Exception):
+    """The engine does not take a request; `client_fault` says whose fault that is."""
+
+    def __init__(self, message: str, client_fault: bool) -> None:
+        super().__init__(message)
+        self.client_fault = client_fault
+
+
+class Engine(Protocol):
+    """One inference engine with KV blocks that peers can pull."""
+
+    def ready(self) -> Ready:
+        """What it is and holds. `start_s` is left for the caller to fill in."""
+        ...
+
+    def wake_fd(self) -> int:
+        """A descriptor that becomes readable when a pull has ended."""
+        ...
+
+    def clear_wake(self) -> None:
+        """Reset `wake_fd`."""
+        ...
+
+    def start(self, start: Start) -> None:
+        """Take a request. Raises `EngineRefusal`; a lease it was to read is then marked done."""
+        ...
+
+    def abort(self, request_ids: list[str]) -> None:
+        """Stop requests; each known one yields an `Aborted` notice. Unknown ids are ignored."""
+        ...
+
+    def add_peer(self, worker_id: str, generation: int, export: bytes) -> None: ...
+
+    def drop_peer(self, worker_id: str, generation: int) -> None: ...
+
+    def release_lease(self, lease: LeaseId) -> None:
+        """End a lease that nobody will read; unknown or ended ones are ignored."""
+        ...
+
+    def extend_lease(self, lease: LeaseId, extra_s: float) -> None: ...
+
+    def has_requests(self) -> bool:
+        """Whether anything is computed, queued, pulled or held: then `step` must be called."""
+        ...
+
+    def step(self) -> list[Output]:
+        """One iteration; also moves pulls and leases on, so it is called when nothing computes."""
+        ...
+
+    def was_idle_step(self) -> bool:
+        """Whether the last step computed nothing: the loop may wait before the next."""
+        ...
+
+    def take_notices(self) -> list[Notice]: ...
+
+    def stats(self) -> WorkerStats: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,70 @@
+"""Builds a vLLM engine in this process, with our connector and our logits processor in it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from vllm import LLMEngine
+from vllm.config import KVTransferConfig
+from vllm.engine.arg_utils import EngineArgs
+
+from tinfer.wire.control import WorkerSpec
+from tinfer.worker.environment import VLLM_ENVIRONMENT
+from tinfer.worker.seeded_chunks import patch_cpu_runner
+
+CONNECTOR_MODULE = "tinfer.worker.connector"
+CONNECTOR_CLASS = "TinferConnector"
+FORCE_TOKENS = "tinfer.worker.first_token:ForceTokens"
+
+
+class UnsupportedModel(Exception):
+    """The model has a KV cache that the hand-off cannot move; the message says which."""
+
+
+def build_engine(spec: WorkerSpec, wake_fd: int) -> LLMEngine:
+    """An engine as `spec` asks, its KV memory allocated and exportable.
+
+    `wake_fd` is an eventfd that the connector writes to when a pull ends. Raises whatever vLLM
+    raises, and `UnsupportedModel` for KV caches other than full attention.
+    """
+    os.environ.update(VLLM_ENVIRONMENT)
+    if spec.device == "cpu":
+        patch_cpu_runner()
+    engine = LLMEngine.from_engine_args(_engine_args(spec, wake_fd))
+    if engine.vllm_config.use_v2_model_runner:
+        raise UnsupportedModel("this model forces vLLM's model runner V2, which is not supported")
+    return engine
+
+
+def _engine_args(spec: WorkerSpec, wake_fd: int) -> EngineArgs:
+    own: dict[str, Any] = {
+        "model": spec.model_dir,
+        "kv_transfer_config": KVTransferConfig(
+            kv_connector=CONNECTOR_CLASS,
+            kv_connector_module_path=CONNECTOR_MODULE,
+            kv_role="kv_both",
+            engine_id=f"{spec.worker_id}.{spec.generation}",
+            # A block that cannot be read is computed again; "fail" would end the request.
+            kv_load_failure_policy="recompute",
+            kv_connector_extra_config={
+                "worker_id": spec.worker_id,
+                "generation": spec.generation,
+                "transport": spec.kv_transport,
+                "wake_fd": wake_fd,
+                "lease_ttl_s": spec.lease_ttl_s,
+            },
+        ),
+        "logits_processors": [FORCE_TOKENS],
+        # The connector's bookkeeping and the loop's idea of an idle step follow the step that has
+        # just run; with asynchronous scheduling they would be one step behind.
+        "async_scheduling": False,
+        "disable_log_stats": True,
+        # The API applies the model's generation_config.json; the engine must not do it again.
+        "generation_config": "vllm",
+    }
+    if spec.device == "cpu":
+        # One engine owns one core: compiling for it costs more than it brings, and an explicit KV
+        # size skips vLLM's profiling run.
+        own["enforce_eager"] = True
+    return EngineArgs(**{**spec.engine_args, **own})

@@ -1,0 +1,386 @@
+"""The scheduler side of the hand-off: which blocks are held for whom, and which are pulled.
+
+Runs in vLLM's scheduler. It owns the lease table and with it the invariant that a finished
+prefill's blocks are freed only after their reader has stopped: a lease ends in the table, the end
+travels through one step, and the row is invalidated before the blocks return to the pool.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+from vllm.v1.request import RequestStatus
+
+from tinfer.wire.messages import (
+    LeaseId,
+    LeasesEnded,
+    LeasesOverdue,
+    PullDone,
+    Source,
+    WorkerStats,
+)
+from tinfer.worker.adapter import Notice
+from tinfer.worker.handoff_messages import ExportMetadata, HandoffMetadata, Peer, PullReport
+from tinfer.worker.kv.errors import LeaseTableFull, StagingFull
+from tinfer.worker.kv.lease import DEFAULT_SLOTS, LeaseRef, LeaseTable
+from tinfer.worker.kv.puller import Pull
+from tinfer.worker.kv.source import SourceBlocks, block_source
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+# Blocks that the pinned host pool can stage at once; a hand-off beyond that waits in the scheduler
+# for memory like any other, or is recomputed.
+DEFAULT_STAGING_SLOTS = 1024
+
+
+class Summary(NamedTuple):
+    """What the ready message says of the hand-off."""
+
+    kv_bytes: int
+    transport: str
+    device: str
+
+
+@dataclass
+class _Held:
+    """A finished prefill whose blocks wait for a reader."""
+
+    request_id: str
+    source: SourceBlocks
+
+
+@dataclass
+class _Pulling:
+    """A decode request between the allocation of its blocks and the end of its pull."""
+
+    external_id: str
+    started_s: float
+
+
+class SchedulerSide:
+    """Owned by the scheduler's instance of the connector; called from the engine's thread."""
+
+    def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+        transfer = vllm_config.kv_transfer_config
+        assert transfer is not None
+        extra = transfer.kv_connector_extra_config
+        self._worker_id: str = extra["worker_id"]
+        self._worker_generation: int = extra["generation"]
+        self._lease_ttl_s: float = extra["lease_ttl_s"]
+        self._num_ranks = vllm_config.parallel_config.tensor_parallel_size
+        self._kv_cache_config = kv_cache_config
+        self._block_tokens = vllm_config.cache_config.block_size
+        # Every lease holds at least one block, so this many slots never run out.
+        self._leases = LeaseTable.create(max(DEFAULT_SLOTS, kv_cache_config.num_blocks))
+        self._source = block_source(extra["transport"], DEFAULT_STAGING_SLOTS)
+        self._held: dict[LeaseRef, _Held] = {}
+        self._pulling: dict[str, _Pulling] = {}
+        self._next = HandoffMetadata()
+        self._notices: list[Notice] = []
+        self._ended: list[LeaseId] = []
+        self._closing: list[LeaseRef] = []
+        self._summary = Summary(0, "", "")
+        self._exports: dict[int, bytes] = {}
+        self._num_mapped = self._num_stale = 0
+        self.num_scheduled_tokens = 0
+        self._counts = dict.fromkeys(
+            (
+                "num_computed_prompt_tokens",
+                "num_recomputed_pulled_tokens",
+                "num_preemptions",
+                "num_pulls",
+                "num_failed_pulls",
+                "pulled_bytes",
+            ),
+            0,
+        )
+        self._pull_s = 0.0
+        self._prompt_left: dict[str, _Prompt] = {}
+
+    # --- what the engine adapter asks -----------------------------------------------------------
+
+    def set_exports(self, exports: dict[int, ExportMetadata]) -> None:
+        """What each rank exports, learned from vLLM's handshake once the KV cache exists."""
+        self._exports = {rank: metadata.export for rank, metadata in exports.items()}
+        first = exports[0]
+        self._summary = Summary(
+            sum(m.kv_bytes for m in exports.values()), first.transport, first.device
+        )
+
+    def export(self) -> tuple[bytes, Summary]:
+        """What peers need to pull from this worker, and what a person wants to know of it."""
+        published = PublishedExport(
+            ranks=[self._exports[rank] for rank in sorted(self._exports)],
+            leases=msgspec.msgpack.encode(self._leases.descriptor()),
+        )
+        return msgspec.msgpack.encode(published), self._summary
+
+    def add_peer(self, worker_id: str, generation: int, export: bytes) -> None:
+        published = msgspec.msgpack.decode(export, type=PublishedExport)
+        self._next.peers_up.append(Peer(worker_id, generation, published.ranks, published.leases))
+
+    def drop_peer(self, worker_id: str, generation: int) -> None:
+        self._next.peers_down.append((worker_id, generation))
+
+    def transfer_params(self, source: Source) -> dict[str, Any]:
+        """What a decode request carries to this connector through vLLM.
+
+        The key names are vLLM's: its scheduler counts fetches by them.
+        """
+        return {"do_remote_prefill": True, "source": source}
+
+    def source_of(self, params: dict[str, Any] | None) -> Source | None:
+        """The source that `request_finished` has put into a prefill's final output."""
+        return None if params is None else params.get("held")
+
+    def mark_unused(self, source: Source) -> None:
+        """This worker will not read that source."""
+        ref = LeaseRef(source.lease.slot, source.lease.generation)
+        self._next.unused.append((source.worker_id, source.worker_generation, ref))
+
+    def release_lease(self, lease: LeaseId) -> None:
+        ref = LeaseRef(lease.slot, lease.generation)
+        if ref in self._held:
+            self._leases.release(ref)
+
+    def extend_lease(self, lease: LeaseId, extra_s: float) -> None:
+        ref = LeaseRef(lease.slot, lease.generation)
+        if ref in self._held:
+            self._leases.extend(ref, time.monotonic() + extra_s)
+
+    @property
+    def num_open_leases(self) -> int:
+        return len(self._held)
+
+    def has_queued_work(self) -> bool:
+        """Whether the next step has orders for the worker side, so that it must run."""
+        return bool(self._next)
+
+    def has_notices(self) -> bool:
+        return bool(self._notices or self._ended)
+
+    def take_notices(self, stats: Callable[[], WorkerStats]) -> list[Notice]:
+        notices, self._notices = self._notices, []
+        if self._ended:
+            notices.append(LeasesEnded(self._ended, stats()))
+            self._ended = []
+        return notices
+
+    def counters(self) -> dict[str, Any]:
+        """Those fields of `WorkerStats` that the hand-off knows."""
+        return {
+            **self._counts,
+            "pull_s": self._pull_s,
+            "num_open_leases": len(self._held),
+            "num_mapped_peers": self._num_mapped,
+            "num_stale_mappings": self._num_stale,
+        }
+
+    # --- hooks of vLLM's scheduler ----------------------------------------------------------------
+
+    def num_pullable_tokens(self, request: Request, num_computed: int) -> tuple[int, bool]:
+        """All of the prompt that is not here yet; vLLM itself backs off the last token."""
+        params = request.kv_transfer_params
+        if not params or not params.get("do_remote_prefill"):
+            return 0, False
+        source: Source = params["source"]
+        missing = min(source.num_tokens, request.num_prompt_tokens) - num_computed
+        return (missing, True) if missing > 0 else (0, False)
+
+    def blocks_allocated(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        """Called a second time after the pull, when there is nothing left to decide."""
+        params = request.kv_transfer_params
+        if not params or not params.get("do_remote_prefill"):
+            return
+        params["do_remote_prefill"] = False
+        source: Source = params["source"]
+        if num_external_tokens == 0:
+            self.mark_unused(source)
+            return
+        offered = msgspec.msgpack.decode(source.blocks, type=SourceBlocks)
+        targets = self._kv_cache_config.select_transfer_block_ids(
+            blocks.get_unhashed_block_ids_all_groups()
+        )
+        pairs = [_tail(there, here) for there, here in zip(offered.blocks, targets, strict=True)]
+        self._next.pulls.append(
+            Pull(
+                request_id=request.request_id,
+                worker_id=source.worker_id,
+                generation=source.worker_generation,
+                lease=LeaseRef(source.lease.slot, source.lease.generation),
+                source=SourceBlocks(tuple(there for there, _ in pairs)),
+                dst_blocks=tuple(here for _, here in pairs),
+            )
+        )
+        self._pulling[request.request_id] = _Pulling(
+            _external_id(request.request_id), time.monotonic()
+        )
+
+    def build_metadata(self, scheduled: SchedulerOutput) -> HandoffMetadata:
+        """This step's orders; ended leases go through the step, so that their blocks are freed
+        only after the row has been invalidated in `step_done`."""
+        self._count_scheduled(scheduled)
+        metadata, self._next = self._next, HandoffMetadata()
+        if self._held:
+            ended, overdue = self._leases.poll()
+            metadata.ended = [self._held[ref].request_id for ref in ended]
+            self._closing = ended
+            if overdue:
+                self._notices.append(LeasesOverdue([_lease_id(ref) for ref in overdue]))
+        else:
+            self._closing = []
+        return metadata
+
+    def step_done(self, output: KVConnectorOutput) -> None:
+        """Runs before vLLM frees the blocks of `output.finished_sending`."""
+        for ref in self._closing:
+            held = self._held.pop(ref)
+            self._leases.close_lease(ref)
+            self._source.finish(held.source)
+            self._ended.append(_lease_id(ref))
+        self._closing = []
+        report = output.kv_connector_worker_meta
+        if isinstance(report, PullReport):
+            self._num_mapped, self._num_stale = report.num_mapped, report.num_stale
+            for ref, rank in report.staged:
+                self._leases.mark_ready(ref, rank)
+            for result in report.results:
+                self._pull_ended(result)
+
+    def request_finished(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Hold a finished prefill's blocks; let go of a source that was never read."""
+        self._prompt_left.pop(request.request_id, None)
+        params = request.kv_transfer_params
+        if not params:
+            return False, None
+        if params.get("do_remote_prefill"):
+            self.mark_unused(params["source"])
+            return False, None
+        if request.request_id in self._pulling:
+            self._next.cancels.append(request.request_id)
+        wanted = params.get("do_remote_decode")
+        if not wanted or request.status is not RequestStatus.FINISHED_LENGTH_CAPPED:
+            return False, None
+        source = self._hold(request, block_ids)
+        return (False, None) if source is None else (True, {"held": source})
+
+    # --- inside -----------------------------------------------------------------------------------
+
+    def _hold(self, request: Request, block_ids: tuple[list[int], ...]) -> Source | None:
+        num_tokens = request.num_prompt_tokens
+        num_blocks = -(-num_tokens // self._block_tokens)
+        groups = self._kv_cache_config.select_transfer_block_ids(block_ids)
+        blocks = [group[:num_blocks] for group in groups]
+        try:
+            offered = self._source.prepare(blocks)
+        except StagingFull:
+            return None
+        try:
+            ref = self._leases.open_lease(
+                time.monotonic() + self._lease_ttl_s,
+                self._num_ranks,
+                ready=not self._source.needs_staging,
+            )
+        except LeaseTableFull:
+            self._source.finish(offered)
+            return None
+        order = self._source.order(ref, blocks, offered)
+        if order is not None:
+            self._next.stages.append(order)
+        self._held[ref] = _Held(request.request_id, offered)
+        return Source(
+            worker_id=self._worker_id,
+            worker_generation=self._worker_generation,
+            lease=_lease_id(ref),
+            num_tokens=num_tokens,
+            num_blocks=sum(map(len, blocks)),
+            blocks=msgspec.msgpack.encode(offered),
+        )
+
+    def _pull_ended(self, result: Any) -> None:
+        pulling = self._pulling.pop(result.request_id, None)
+        if pulling is None:
+            return
+        copy_s = (result.finished_ns - result.started_ns) / 1e9
+        self._counts["num_pulls"] += 1
+        self._counts["num_failed_pulls"] += not result.ok
+        self._counts["pulled_bytes"] += result.num_bytes
+        self._pull_s += copy_s
+        handoff_s = time.monotonic() - pulling.started_s
+        self._notices.append(
+            PullDone(
+                pulling.external_id, result.ok, result.reason, result.num_bytes, copy_s, handoff_s
+            )
+        )
+
+    def _count_scheduled(self, scheduled: SchedulerOutput) -> None:
+        """Count prompt tokens that this engine computes itself, and of these the ones that a pull
+        should have spared (all but the last token of a pulled prompt)."""
+        self.num_scheduled_tokens = scheduled.total_num_scheduled_tokens
+        self._counts["num_preemptions"] += len(scheduled.preempted_req_ids or ())
+        for new in scheduled.scheduled_new_reqs:
+            prompt_tokens = len(new.prompt_token_ids or ())
+            extra = (new.sampling_params and new.sampling_params.extra_args) or {}
+            pulled = "source" in (extra.get("kv_transfer_params") or {})
+            self._prompt_left[new.req_id] = _Prompt(prompt_tokens, pulled)
+            self._count_prompt(new.req_id, new.num_computed_tokens, scheduled)
+        cached = scheduled.scheduled_cached_reqs
+        for req_id, num_computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+            if req_id in self._prompt_left:
+                self._count_prompt(req_id, num_computed, scheduled)
+
+    def _count_prompt(self, req_id: str, num_computed: int, scheduled: SchedulerOutput) -> None:
+        prompt = self._prompt_left[req_id]
+        num_scheduled = scheduled.num_scheduled_tokens[req_id]
+        end = min(num_computed + num_scheduled, prompt.num_tokens)
+        num_prompt = max(0, end - num_computed)
+        self._counts["num_computed_prompt_tokens"] += num_prompt
+        if prompt.pulled:
+            below_last = max(0, min(end, prompt.num_tokens - 1) - num_computed)
+            self._counts["num_recomputed_pulled_tokens"] += below_last
+        if end >= prompt.num_tokens:
+            del self._prompt_left[req_id]
+
+    def close(self) -> None:
+        self._leases.close()
+
+
+@dataclass
+class _Prompt:
+    num_tokens: int
+    pulled: bool
+
+
+class PublishedExport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of `Ready.export`: one encoded export per rank, and the lease table."""
+
+    ranks: list[bytes]
+    leases: bytes
+
+
+def _tail(there: tuple[int, ...], here: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The end of the source's list that matches the blocks still to be filled here."""
+    return (there[len(there) - len(here) :] if here else ()), tuple(here)
+
+
+def _lease_id(ref: LeaseRef) -> LeaseId:
+    return LeaseId(ref.slot, ref.generation)
+
+
+def _external_id(request_id: str) -> str:
+    """vLLM appends a random suffix to the id that it was given."""
+    return request_id.rpartition("-")[0]

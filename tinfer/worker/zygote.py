@@ -1,0 +1,197 @@
+"""One process that imports torch and vLLM once and forks every worker from there.
+
+Importing is most of a worker's start-up, so a fork (and a restart after a death) costs a fraction
+of a fresh process. Forking is safe only while this process has a single thread and no CUDA context;
+that is checked before each fork, and where it does not hold the worker is spawned instead.
+
+The zygote also outlives the workers: when the master is gone it waits for them, ends those that do
+not end by themselves, and removes the run directory last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from tinfer.wire.control import (
+    Control,
+    Exited,
+    Fork,
+    Forked,
+    FrameReader,
+    Imported,
+    WorkerSpec,
+    send,
+)
+
+# How long workers have to leave by themselves once the master is gone; they notice within
+# milliseconds, and only a worker stuck in a system call or a kernel needs the kill.
+ORPHAN_GRACE_S = 2.0
+_RECV_BYTES = 1 << 16
+
+
+class Zygote:
+    """The single-threaded loop: fork on order, reap, report, and clean up at the end."""
+
+    def __init__(
+        self, control: socket.socket, lifeline: int, run_dir: Path, engine: Literal["vllm", "fake"]
+    ) -> None:
+        self._control = control
+        self._lifeline = lifeline
+        self._run_dir = run_dir
+        self._engine = engine
+        self._children: set[int] = set()
+        self._frames = FrameReader()
+        self._child_read, self._child_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def run(self) -> None:
+        """Serve until the master closes its end of the control socket or of the lifeline."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
+        signal.set_wakeup_fd(self._child_write, warn_on_full_buffer=False)
+        started = time.monotonic()
+        _import_engine(self._engine)
+        gc.freeze()  # the children share these objects; collecting them would copy their pages
+        self._report(Imported(time.monotonic() - started))
+        while self._serve_once():
+            pass
+        self._end_children()
+        shutil.rmtree(self._run_dir, ignore_errors=True)
+
+    def _serve_once(self) -> bool:
+        watched: list[Any] = [self._control, self._lifeline, self._child_read]
+        readable, _, _ = select.select(watched, [], [])
+        if self._child_read in readable:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._child_read, _RECV_BYTES)
+            self._reap()
+        if self._lifeline in readable:
+            return False
+        if self._control in readable:
+            data = self._control.recv(_RECV_BYTES)
+            if not data:
+                return False
+            for message in self._frames.feed(data):
+                if isinstance(message, Fork):
+                    self._start(message.spec)
+        return True
+
+    def _start(self, spec: WorkerSpec) -> None:
+        obstacle = _fork_obstacle()
+        pid = self._fork(spec) if obstacle is None else self._spawn(spec)
+        self._children.add(pid)
+        self._report(Forked(spec.worker_id, spec.generation, pid, obstacle is None, obstacle or ""))
+
+    def _fork(self, spec: WorkerSpec) -> int:
+        pid = os.fork()
+        if pid:
+            return pid
+        signal.set_wakeup_fd(-1)
+        self._control.close()
+        os.close(self._child_read)
+        os.close(self._child_write)
+        from tinfer.worker.process import run_worker
+
+        run_worker(spec, self._lifeline)
+
+    def _spawn(self, spec: WorkerSpec) -> int:
+        """A fresh interpreter for this worker. Its exit is reaped by pid like any other child's."""
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "tinfer.worker",
+                "--spec",
+                msgspec.json.encode(spec).decode(),
+                "--lifeline",
+                str(self._lifeline),
+            ],
+            pass_fds=[self._lifeline],
+            close_fds=True,
+        )
+        process.returncode = 0  # reaped here, not by Popen
+        return process.pid
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            self._children.discard(pid)
+            self._report(Exited(pid, os.waitstatus_to_exitcode(status)))
+
+    def _report(self, message: Control) -> None:
+        with contextlib.suppress(OSError):  # the master may be gone; the loop sees that next
+            send(self._control, message)
+
+    def _end_children(self) -> None:
+        deadline = time.monotonic() + ORPHAN_GRACE_S
+        while self._children and time.monotonic() < deadline:
+            select.select([self._child_read], [], [], 0.05)
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._child_read, _RECV_BYTES)
+            self._reap()
+        for pid in self._children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for pid in self._children:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+
+
+def _import_engine(engine: Literal["vllm", "fake"]) -> None:
+    """Import what the workers will need, and nothing that starts a thread or a CUDA context."""
+    if engine == "fake":
+        import tinfer.worker.fake_engine  # noqa: F401
+        import tinfer.worker.process  # noqa: F401
+
+        return
+    from tinfer.worker.preload import preload
+
+    preload()
+
+
+def _fork_obstacle() -> str | None:
+    """Why a fork would not be safe now, or None."""
+    num_tasks = len(os.listdir("/proc/self/task"))
+    if num_tasks != 1:
+        return f"the import process has {num_tasks} threads"
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return "the import process holds a CUDA context"
+    if "microsoft" in os.uname().release.lower():
+        return "WSL"
+    return None
+
+
+def main() -> None:
+    """Entry of `python -m tinfer.worker`; all arguments come from the supervisor."""
+    parser = argparse.ArgumentParser(prog="python -m tinfer.worker")
+    parser.add_argument("--control", type=int, help="descriptor of the control socket")
+    parser.add_argument("--lifeline", type=int, required=True, help="pipe that the master holds")
+    parser.add_argument("--run-dir", type=Path)
+    parser.add_argument("--engine", choices=["vllm", "fake"], default="vllm")
+    parser.add_argument("--spec", help="run this one worker instead (JSON)")
+    arguments = parser.parse_args()
+    if arguments.spec is not None:
+        from tinfer.worker.process import run_worker
+
+        run_worker(msgspec.json.decode(arguments.spec, type=WorkerSpec), arguments.lifeline)
+    control = socket.socket(fileno=arguments.control)
+    Zygote(control, arguments.lifeline, arguments.run_dir, arguments.engine).run()
