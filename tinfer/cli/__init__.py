@@ -1,0 +1,34 @@
+"""The `tinfer` command. Each subcommand imports what it needs only when it runs."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import click
+
+_COMMANDS = {"serve": "Serve a model on an OpenAI-compatible API."}
+
+
+class _LazyGroup(click.Group):
+    """Lists its commands without importing them, so that `--help` is instant."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f"tinfer.cli.{cmd_name}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.command(cls=_LazyGroup)
+@click.version_option(package_name="tinfer", prog_name="tinfer")
+def main(**_: Any) -> None:
+    """One command turns one box into a disaggregated LLM server."""

@@ -1,0 +1,103 @@
+"""Click options made from the fields of a configuration struct."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Union
+
+import click
+import msgspec
+from msgspec import Meta, Struct
+
+_Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def options_of(config: type[Struct], skip: frozenset[str] = frozenset()) -> _Decorator:
+    """A decorator that adds one option per field of `config`, in order, with its description."""
+    hints = typing.get_type_hints(config, include_extras=True)
+    fields = [f for f in msgspec.structs.fields(config) if f.name not in skip]
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for field in reversed(fields):
+            function = _option(field.name, hints[field.name], field.default)(function)
+        return function
+
+    return decorate
+
+
+def _option(name: str, hint: Any, default: Any) -> _Decorator:
+    metas = _metas(hint)
+    description = next(m.description for m in metas if m.description)
+    flag = "--" + name.replace("_", "-")
+    base = _plain(hint)
+    if base is bool:
+        flag = f"{flag}/--no-{flag[2:]}"
+        return click.option(flag, name, default=default, show_default=True, help=description)
+    if base is tuple:
+        return click.option(flag, name, multiple=True, help=description)
+    if base is dict:
+        return click.option(
+            flag, name, multiple=True, metavar="NAME=VALUE", callback=_pairs, help=description
+        )
+    kind: Any = click.Choice(typing.get_args(base)) if _is_choice(base) else _bounded(base, metas)
+    shown = default is not None
+    return click.option(
+        flag, name, type=kind, default=default, show_default=shown, help=description
+    )
+
+
+def _metas(hint: Any) -> list[Meta]:
+    """All `Meta`s of a type, those inside `X | None` included."""
+    found: list[Meta] = []
+    if typing.get_origin(hint) is Annotated:
+        found += [extra for extra in hint.__metadata__ if isinstance(extra, Meta)]
+        return found + _metas(hint.__origin__)
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        for argument in typing.get_args(hint):
+            found += _metas(argument)
+    return found
+
+
+def _plain(hint: Any) -> Any:
+    """The type below annotations and `| None`; containers by their origin."""
+    if typing.get_origin(hint) is Annotated:
+        return _plain(hint.__origin__)
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        (inner,) = (a for a in typing.get_args(hint) if a is not type(None))
+        return _plain(inner)
+    origin = typing.get_origin(hint)
+    return origin if origin in (tuple, dict) else hint
+
+
+def _is_choice(hint: Any) -> bool:
+    return typing.get_origin(hint) is Literal
+
+
+def _bounded(base: Any, metas: list[Meta]) -> Any:
+    bounds: dict[str, Any] = {}
+    for meta in metas:
+        for low, is_open in (("ge", False), ("gt", True)):
+            if (value := getattr(meta, low)) is not None:
+                bounds |= {"min": value, "min_open": is_open}
+        if meta.le is not None:
+            bounds["max"] = meta.le
+    if base is int:
+        return click.IntRange(**bounds) if bounds else int
+    if base is float:
+        return click.FloatRange(**bounds) if bounds else float
+    return base
+
+
+def _pairs(_ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
+    pairs: dict[str, Any] = {}
+    for value in values:
+        name, equals, number = value.partition("=")
+        try:
+            pairs[name] = float(number)
+        except ValueError:
+            equals = ""
+        if not equals or not name:
+            raise click.BadParameter(f"{value!r} is not NAME=NUMBER", param=param)
+    return pairs

@@ -1,0 +1,257 @@
+"""The master process: builds every part, waits for readiness, serves, and takes all down again."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import errno
+import logging
+import signal
+import socket
+import time
+from pathlib import Path
+
+import uvloop
+from aiohttp import web
+
+from tinfer import __version__
+from tinfer.api.options import ApiOptions
+from tinfer.api.render import Renderer
+from tinfer.api.server import create_app, create_runner
+from tinfer.api.service import ModelCard
+from tinfer.clock import MonotonicClock
+from tinfer.config import ServeConfig
+from tinfer.core import events
+from tinfer.core.scheduler import Scheduler
+from tinfer.core.types import Capacity, SchedulerConfig
+from tinfer.errors import NoWorker, StartError, TinferError
+from tinfer.master import model, report
+from tinfer.master.loop import Dispatcher
+from tinfer.master.placement import place
+from tinfer.master.rundir import RunDirectory
+from tinfer.master.service import MasterService, Mood
+from tinfer.master.supervisor import Life, Supervisor, WorkerSlot
+from tinfer.wire import messages as wire
+from tinfer.wire.links import Incarnation, MasterLink
+
+log = logging.getLogger(__name__)
+
+_PR_SET_CHILD_SUBREAPER = 36
+# How often a drain looks whether the last request has ended.
+_DRAIN_POLL_S = 0.02
+
+
+def run(config: ServeConfig) -> int:
+    """Serve until a signal; returns the exit code. Raises `StartError` if it cannot start."""
+    logging.basicConfig(
+        level=logging.INFO if config.verbose else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+    )
+    # Workers whose import process dies become our children, so that their end can be reaped.
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    listener = _bind(config.host, config.port)
+    try:
+        return uvloop.run(_serve(config, listener))
+    finally:
+        listener.close()
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Take the port before anything heavy starts; clients are let in once all is ready."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error}"
+        raise StartError(f"address {host}:{port} {why}") from error
+    return listener
+
+
+async def _serve(config: ServeConfig, listener: socket.socket) -> int:
+    server = Server(config, listener)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, server.on_signal)
+    try:
+        await server.start()
+        await server.stopped.wait()
+        await server.drain()
+    finally:
+        await server.close()
+    return 0
+
+
+class Server:
+    """All parts of the master and their wiring."""
+
+    def __init__(self, config: ServeConfig, listener: socket.socket) -> None:
+        self._config = config
+        self._listener = listener
+        self.model_dir, self._names = model.resolve(config)
+        placements = place(config)
+        self._report = report.StartReport()
+        self._run_dir = RunDirectory()
+        self._link = MasterLink(self._run_dir.socket_path, self._on_message)
+        self._scheduler = Scheduler(
+            SchedulerConfig(
+                route=config.route,
+                prefill_order=config.prefill_policy,
+                decode_choice=config.decode_policy,
+                decode_admission=config.admission,
+                max_num_queued_reqs=config.max_num_queued_reqs,
+            )
+        )
+        self._dispatcher = Dispatcher(
+            self._scheduler, self._link.send, MonotonicClock(), config.lease_ttl
+        )
+        self._supervisor = Supervisor(
+            config,
+            placements,
+            self._run_dir,
+            self.model_dir,
+            self._worker_up,
+            self._worker_down,
+            self._worker_given_up,
+            self._changed,
+        )
+        for placement in placements:
+            self._dispatcher.worker_event(
+                events.WorkerExpected(placement.worker_id, placement.role)
+            )
+        self._all_ready = asyncio.get_running_loop().create_future()
+        self._service: MasterService | None = None
+        self._runner: web.AppRunner | None = None
+        self.stopped = asyncio.Event()
+        self._stop_now = asyncio.Event()
+
+    # --- start --------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Returns when requests are served. Raises `StartError`, or returns early on a signal."""
+        self._supervisor.start()
+        self._changed()
+        renderer = await Renderer.load(Path(self.model_dir), self._config.chat_template)
+        stopped = asyncio.create_task(self.stopped.wait())
+        try:
+            await asyncio.wait({self._all_ready, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopped.cancel()
+        if self.stopped.is_set():
+            return
+        self._all_ready.result()
+        await self._open_api(renderer)
+
+    async def _open_api(self, renderer: Renderer) -> None:
+        infos = [slot.ready for slot in self._supervisor.slots.values() if slot.ready is not None]
+        card = ModelCard(
+            names=self._names,
+            root=self.model_dir,
+            max_model_len=min(info.max_model_len for info in infos),
+            vocab_size=min(info.vocab_size for info in infos),
+            created_s=int(time.time()),
+        )
+        self._service = MasterService(self._dispatcher, self._scheduler, self._supervisor, card)
+        options = ApiOptions(version=__version__, strict_params=self._config.strict_params)
+        self._runner = create_runner(create_app(self._service, renderer, options))
+        await self._runner.setup()
+        await web.SockSite(self._runner, self._listener).start()
+        self._service.mood = Mood.SERVING
+        host, port = self._listener.getsockname()[:2]
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        report.show(
+            report.ready_block(
+                self._config, self._supervisor, url, self._names[0], self._report.elapsed_s
+            )
+        )
+
+    def _changed(self) -> None:
+        if self._service is None:
+            self._report.workers(self._supervisor)
+
+    # --- workers ------------------------------------------------------------------------------
+
+    def _on_message(self, sender: Incarnation, message: wire.ToMaster) -> None:
+        if isinstance(message, wire.Ready):
+            self._supervisor.worker_ready(sender, message)
+            return
+        if isinstance(message, wire.CannotStart | wire.Fault):
+            self._supervisor.worker_failed(sender, message.reason)
+            return
+        slot = self._supervisor.slots.get(sender.worker_id)
+        if slot is None or slot.incarnation != sender or slot.life is not Life.READY:
+            return  # the word of an incarnation that is seen dead no longer counts
+        self._dispatcher.handle(sender, message)
+
+    def _worker_up(self, slot: WorkerSlot) -> None:
+        ready = slot.ready
+        assert ready is not None
+        for peer in self._supervisor.slots.values():
+            if peer is not slot and peer.life is Life.READY and peer.ready is not None:
+                self._link.send(slot.incarnation, wire.PeerUp(*peer.incarnation, peer.ready.export))
+                self._link.send(peer.incarnation, wire.PeerUp(*slot.incarnation, ready.export))
+        self._dispatcher.worker_event(
+            events.WorkerUp(
+                *slot.incarnation,
+                role=slot.placement.role,
+                capacity=Capacity(
+                    num_blocks=ready.num_blocks,
+                    block_tokens=ready.block_tokens,
+                    max_num_seqs=ready.max_num_seqs,
+                    chunk_tokens=ready.chunk_tokens,
+                ),
+            )
+        )
+        if not self._all_ready.done() and all(
+            s.life is Life.READY for s in self._supervisor.slots.values()
+        ):
+            self._all_ready.set_result(None)
+
+    def _worker_down(self, dead: Incarnation) -> None:
+        self._dispatcher.worker_event(events.WorkerDown(*dead))
+        for peer in self._supervisor.slots.values():
+            if peer.life is Life.READY:
+                self._link.send(peer.incarnation, wire.PeerDown(*dead))
+
+    def _worker_given_up(self, slot: WorkerSlot) -> None:
+        self._dispatcher.worker_event(events.WorkerGone(slot.placement.worker_id))
+        if not self._all_ready.done():
+            tail = self._supervisor.log_tail(slot)
+            if tail:
+                log.warning("end of the log of worker %s:\n%s", slot.placement.worker_id, tail)
+            self._all_ready.set_exception(self._supervisor.cannot_start(slot))
+
+    # --- stop ---------------------------------------------------------------------------------
+
+    def on_signal(self) -> None:
+        """The first signal drains, the second stops at once."""
+        if self.stopped.is_set():
+            self._stop_now.set()
+        self.stopped.set()
+
+    async def drain(self) -> None:
+        """Refuse new requests and let running ones finish, within the configured time."""
+        if self._service is None:
+            return
+        self._service.mood = Mood.DRAINING
+        deadline_s = time.monotonic() + self._config.shutdown_timeout
+        while self._dispatcher.num_live and not self._stop_now.is_set():
+            if time.monotonic() > deadline_s:
+                log.warning("%d requests cut off by the stop", self._dispatcher.num_live)
+                break
+            await asyncio.sleep(_DRAIN_POLL_S)
+
+    async def close(self) -> None:
+        """Take everything down; also after a start that failed half-way."""
+        error: TinferError = NoWorker("the server is stopping")
+        self._dispatcher.fail_all(error)
+        if self._runner is not None:
+            await self._runner.cleanup()
+        if self._stop_now.is_set():
+            self._supervisor.kill_all()
+        await self._supervisor.stop(lambda worker: self._link.send(worker, wire.Stop()))
+        self._link.close()
+        if self._all_ready.done() and not self._all_ready.cancelled():
+            self._all_ready.exception()  # seen, also where nobody awaited it

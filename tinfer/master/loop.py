@@ -1,0 +1,305 @@
+"""Where the pure scheduler meets the world: messages become events, actions become messages.
+
+The dispatcher owns every live request (its prompt, its sampling, its stream) and delivers what the
+workers emit. A stream gets just what lies beyond what it has: tokens and text are counted, so the
+first token, which the decode worker repeats, is delivered once.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections.abc import Callable
+from typing import assert_never
+
+from msgspec import Struct
+
+from tinfer.api.service import Delta, Generation
+from tinfer.clock import Clock
+from tinfer.core import events
+from tinfer.core.scheduler import Scheduler
+from tinfer.core.types import LeaseKey
+from tinfer.errors import (
+    EngineFailed,
+    InvalidRequest,
+    NoWorker,
+    Overloaded,
+    TinferError,
+    WorkerLost,
+)
+from tinfer.master.streams import RequestStream
+from tinfer.wire import messages as wire
+from tinfer.wire.links import Incarnation
+
+log = logging.getLogger(__name__)
+
+Send = Callable[[Incarnation, wire.ToWorker], None]
+
+
+class LiveRequest(Struct):
+    """One accepted request, from submit until every worker has let go of it."""
+
+    generation: Generation
+    prompt: bytes
+    stream: RequestStream
+    delivered_tokens: int = 0
+    delivered_text_len: int = 0
+    cached_tokens: int = 0
+    first_token: int | None = None
+    source: wire.Source | None = None
+    workers: set[Incarnation] = set()  # those with a part in it; ended and empty, it is forgotten
+
+
+class Dispatcher:
+    """Runs the scheduler for the live server. All methods are called on the loop's thread."""
+
+    def __init__(self, scheduler: Scheduler, send: Send, clock: Clock, lease_ttl_s: float) -> None:
+        self._scheduler = scheduler
+        self._send = send
+        self._clock = clock
+        self._lease_ttl_s = lease_ttl_s
+        self._live: dict[str, LiveRequest] = {}
+        self.stats: dict[Incarnation, wire.WorkerStats] = {}
+        self.num_finished = 0
+
+    # --- requests in --------------------------------------------------------------------------
+
+    def submit(self, request_id: str, generation: Generation) -> RequestStream:
+        """Accept a request. Raises `Overloaded` or `NoWorker` when the scheduler refuses it."""
+        prompt_ids = generation.prompt_token_ids
+        stream = RequestStream(request_id, self._cancelled)
+        self._live[request_id] = LiveRequest(generation, array("i", prompt_ids).tobytes(), stream)
+        arrived = events.Arrived(
+            request_id,
+            prompt_tokens=len(prompt_ids),
+            max_output_tokens=generation.sampling.max_tokens,
+            route=generation.route,
+        )
+        refusal = self._post(arrived, refusing=request_id)
+        if refusal is not None:
+            self._live.pop(request_id, None)
+            raise refusal
+        return stream
+
+    def _cancelled(self, request_id: str) -> None:
+        self._post(events.Cancelled(request_id))
+        self._forget_if_over(request_id)
+
+    @property
+    def num_live(self) -> int:
+        """Requests that a client still waits for."""
+        return sum(1 for live in self._live.values() if not live.stream.ended)
+
+    def fail_all(self, error: TinferError) -> None:
+        """End every stream with an error, at the end of a shutdown that could not wait longer."""
+        for live in list(self._live.values()):
+            live.stream.fail(error)
+
+    # --- workers ------------------------------------------------------------------------------
+
+    def worker_event(
+        self, event: events.WorkerUp | events.WorkerDown | events.WorkerExpected | events.WorkerGone
+    ) -> None:
+        """The fleet has changed."""
+        self._post(event)
+        if isinstance(event, events.WorkerDown):
+            self._bereave(Incarnation(event.worker_id, event.generation))
+
+    def _bereave(self, dead: Incarnation) -> None:
+        """Forget what only a dead worker still had a part in."""
+        self.stats.pop(dead, None)
+        for request_id, live in list(self._live.items()):
+            live.workers.discard(dead)
+            self._forget_if_over(request_id)
+
+    def handle(self, sender: Incarnation, message: wire.ToMaster) -> None:
+        """A message of a live incarnation; the caller has dropped those of older ones."""
+        match message:
+            case wire.Step(outputs, stats):
+                self.stats[sender] = stats
+                for output in outputs:
+                    self._output(sender, output)
+            case wire.PullDone():
+                self._pull_done(sender, message)
+            case wire.LeasesEnded(leases, stats):
+                self.stats[sender] = stats
+                for lease in leases:
+                    self._post(events.LeaseEnded(_key(sender, lease)))
+            case wire.LeasesOverdue(leases):
+                for lease in leases:
+                    self._post(events.LeaseOverdue(_key(sender, lease)))
+            case wire.Aborted(request_ids):
+                for request_id in request_ids:
+                    self._left(sender, request_id, answered=False)
+            case wire.Idle(stats):
+                self.stats[sender] = stats
+            case wire.Refused():
+                self._refused(sender, message)
+            case wire.Ready() | wire.CannotStart() | wire.Fault():
+                log.error("%s.%d sent %s to the dispatcher", *sender, type(message).__name__)
+            case _:
+                assert_never(message)
+
+    def _output(self, sender: Incarnation, output: wire.Output) -> None:
+        request_id = output.request_id
+        live = self._live.get(request_id)
+        if live is not None:
+            if output.cached_tokens is not None and live.delivered_tokens == 0:
+                live.cached_tokens = output.cached_tokens
+            if output.finish_reason == "error":
+                live.stream.fail(EngineFailed("the engine failed on this request"))
+            else:
+                _deliver(live, output)
+        source = output.source
+        if output.finish_reason is not None:
+            self._left(sender, request_id, answered=output.finish_reason != "error")
+            if source is not None:
+                self._post(events.LeaseOpened(_source_key(source), source.num_blocks))
+        elif source is not None:
+            if live is not None:
+                live.source = source
+                live.first_token = output.token_ids[-1]
+                live.workers.discard(sender)
+            self._post(
+                events.Prefilled(request_id, *sender, _source_key(source), source.num_blocks)
+            )
+            self._forget_if_over(request_id)
+        elif output.num_output_tokens == len(output.token_ids):
+            self._post(events.FirstToken(request_id, *sender))
+
+    def _pull_done(self, sender: Incarnation, message: wire.PullDone) -> None:
+        live = self._live.get(message.request_id)
+        if not message.ok:
+            log.warning("pull of %s failed: %s", message.request_id, message.reason)
+        if live is not None and live.source is not None:
+            owner = Incarnation(live.source.worker_id, live.source.worker_generation)
+            self._send(owner, wire.Wake())
+        self._post(events.Pulled(message.request_id, *sender, message.ok))
+
+    def _refused(self, sender: Incarnation, message: wire.Refused) -> None:
+        live = self._live.get(message.request_id)
+        if live is not None:
+            fault = InvalidRequest if message.client_fault else EngineFailed
+            live.stream.fail(fault(message.message))
+        self._left(sender, message.request_id, answered=False, refused=True)
+
+    def _left(
+        self, sender: Incarnation, request_id: str, answered: bool, refused: bool = False
+    ) -> None:
+        """A worker has let go of a request."""
+        live = self._live.get(request_id)
+        if live is not None:
+            live.workers.discard(sender)
+        self._post(events.WorkerFinished(request_id, *sender, answered=answered, refused=refused))
+        self._forget_if_over(request_id)
+
+    def _forget_if_over(self, request_id: str) -> None:
+        live = self._live.get(request_id)
+        if live is not None and live.stream.ended and not live.workers:
+            del self._live[request_id]
+            self.num_finished += 1
+
+    # --- the scheduler ------------------------------------------------------------------------
+
+    def _post(self, event: events.Event, refusing: str | None = None) -> TinferError | None:
+        """Let the scheduler see an event and carry out what it asks for. Returns the error of
+        `refusing` if the scheduler fails that request."""
+        refusal: TinferError | None = None
+        for action in self._scheduler.on_event(event, self._clock.now_s()):
+            if isinstance(action, events.Fail):
+                error = _error_of(action)
+                if action.request_id == refusing:
+                    refusal = error
+                else:
+                    self._fail(action.request_id, error)
+            else:
+                self._carry_out(action)
+        return refusal
+
+    def _carry_out(self, action: events.Action) -> None:
+        match action:
+            case events.StartPrefill(request_id, worker_id, generation):
+                self._start(request_id, Incarnation(worker_id, generation), "prefill")
+            case events.StartWhole(request_id, worker_id, generation):
+                self._start(request_id, Incarnation(worker_id, generation), "whole")
+            case events.StartDecode(request_id, worker_id, generation):
+                self._start(request_id, Incarnation(worker_id, generation), "decode")
+            case events.AbortOn(request_id, worker_id, generation):
+                self._send(Incarnation(worker_id, generation), wire.Abort([request_id]))
+            case events.ReleaseLease(key):
+                self._send(_owner(key), wire.ReleaseLease(_lease(key)))
+            case events.ExtendLease(key):
+                self._send(_owner(key), wire.ExtendLease(_lease(key), self._lease_ttl_s))
+            case events.Fail():
+                raise AssertionError("failures are handled by the caller")
+            case _:
+                assert_never(action)
+
+    def _start(self, request_id: str, worker: Incarnation, kind: str) -> None:
+        live = self._live[request_id]
+        live.workers.add(worker)
+        decode = kind == "decode"
+        start = wire.Start(
+            request_id,
+            kind,  # type: ignore[arg-type]
+            live.prompt,
+            live.generation.sampling,
+            source=live.source if decode else None,
+            first_token=live.first_token if decode else None,
+            cached_tokens=live.cached_tokens if decode else 0,
+        )
+        self._send(worker, start)
+
+    def _fail(self, request_id: str, error: TinferError) -> None:
+        """The scheduler has given the request up: the worker that had it is dead or never was."""
+        live = self._live.pop(request_id, None)
+        if live is not None:
+            live.stream.fail(error)
+            self.num_finished += 1
+
+
+def _deliver(live: LiveRequest, output: wire.Output) -> None:
+    """Push what the client lacks of an output."""
+    num_new = output.num_output_tokens - live.delivered_tokens
+    len_new = output.text_len - live.delivered_text_len
+    if num_new <= 0 and len_new <= 0 and output.finish_reason is None:
+        return
+    first = live.delivered_tokens == 0
+    live.delivered_tokens = max(live.delivered_tokens, output.num_output_tokens)
+    live.delivered_text_len = max(live.delivered_text_len, output.text_len)
+    logprobs = output.logprobs
+    live.stream.push(
+        Delta(
+            text=output.text[-len_new:] if len_new > 0 else "",
+            token_ids=output.token_ids[-num_new:] if num_new > 0 else [],
+            logprobs=None if logprobs is None else logprobs[-num_new:] if num_new > 0 else [],
+            prompt_logprobs=output.prompt_logprobs if first else None,
+            finish_reason=output.finish_reason,
+            stop_reason=output.stop_reason,
+            cached_tokens=live.cached_tokens,
+        )
+    )
+
+
+def _error_of(fail: events.Fail) -> TinferError:
+    if fail.cause == "queue-full":
+        return Overloaded(fail.message)
+    if fail.cause == "no-worker":
+        return NoWorker(fail.message)
+    return WorkerLost(fail.message)
+
+
+def _key(owner: Incarnation, lease: wire.LeaseId) -> LeaseKey:
+    return LeaseKey(owner.worker_id, owner.generation, lease.slot, lease.generation)
+
+
+def _source_key(source: wire.Source) -> LeaseKey:
+    return _key(Incarnation(source.worker_id, source.worker_generation), source.lease)
+
+
+def _owner(key: LeaseKey) -> Incarnation:
+    return Incarnation(key.worker_id, key.worker_generation)
+
+
+def _lease(key: LeaseKey) -> wire.LeaseId:
+    return wire.LeaseId(key.slot, key.lease_generation)

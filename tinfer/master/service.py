@@ -1,0 +1,107 @@
+"""The master as the API sees it: one object that takes requests and tells how things stand."""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import secrets
+from typing import Any
+
+import msgspec
+
+from tinfer.api.service import Generation, ModelCard, Stream
+from tinfer.core.scheduler import Scheduler
+from tinfer.errors import NoWorker
+from tinfer.master.loop import Dispatcher
+from tinfer.master.supervisor import Life, Supervisor
+from tinfer.wire.links import Incarnation
+
+
+class Mood(enum.Enum):
+    """What the server does with new requests."""
+
+    STARTING = "starting"
+    SERVING = "ok"
+    DRAINING = "draining"
+
+
+class MasterService:
+    """Implements `api.service.Service`."""
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        scheduler: Scheduler,
+        supervisor: Supervisor,
+        model: ModelCard,
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._scheduler = scheduler
+        self._supervisor = supervisor
+        self._model = model
+        self._prefix = secrets.token_hex(4)
+        self._numbers = itertools.count()
+        self.mood = Mood.STARTING
+
+    @property
+    def model(self) -> ModelCard:
+        return self._model
+
+    def submit(self, generation: Generation) -> Stream:
+        if self.mood is not Mood.SERVING:
+            raise NoWorker(f"the server is {self.mood.value}")
+        request_id = f"{self._prefix}-{next(self._numbers)}"
+        return self._dispatcher.submit(request_id, generation)
+
+    def healthy(self) -> tuple[bool, str]:
+        if self.mood is not Mood.SERVING:
+            return False, self.mood.value
+        alive = any(slot.life is Life.READY for slot in self._supervisor.slots.values())
+        return (True, "ok") if alive else (False, "no worker is up")
+
+    def ledger(self) -> dict[str, Any]:
+        """All counts are zero when idle, but for `mapped_peers`: mappings are made once and kept
+        as long as both sides live; a mapping of a dead peer counts in `stale_mappings`."""
+        stats = self._dispatcher.stats
+        snapshot = self._scheduler.ledger_snapshot()
+        body: dict[str, Any] = msgspec.to_builtins(snapshot)
+        body["used_blocks"] = {
+            who.worker_id: stat.num_used_blocks for who, stat in sorted(stats.items())
+        }
+        body["stale_mappings"] = sum(stat.num_stale_mappings for stat in stats.values())
+        body["mapped_peers"] = sum(stat.num_mapped_peers for stat in stats.values())
+        body["idle"] = (
+            snapshot.is_zero
+            and not any(body["used_blocks"].values())
+            and body["stale_mappings"] == 0
+        )
+        return body
+
+    def state(self) -> dict[str, Any]:
+        views = {view.worker_id: view for view in self._scheduler.workers_snapshot()}
+        workers = []
+        for worker_id, slot in self._supervisor.slots.items():
+            view = views.get(worker_id)
+            stats = self._dispatcher.stats.get(Incarnation(worker_id, slot.generation))
+            workers.append(
+                {
+                    "id": worker_id,
+                    "role": slot.placement.role.value,
+                    "device": slot.placement.label,
+                    "state": slot.life.value,
+                    "generation": slot.generation,
+                    "pid": slot.pid,
+                    "restarts": slot.num_restarts,
+                    "reason": slot.reason,
+                    "transport": slot.ready.transport if slot.ready else None,
+                    "num_blocks": slot.ready.num_blocks if slot.ready else None,
+                    "scheduled": msgspec.to_builtins(view) if view else None,
+                    "engine": msgspec.structs.asdict(stats) if stats else None,
+                }
+            )
+        return {
+            "status": self.healthy()[1],
+            "workers": workers,
+            "requests_by_phase": self._scheduler.ledger_snapshot().requests_by_phase,
+            "num_finished": self._dispatcher.num_finished,
+        }

@@ -1,0 +1,310 @@
+"""Keeps the workers alive: starts them, sees them die, starts them again under a new generation.
+
+A death is seen on a pidfd, at once and for certain; the exit status follows from the zygote. What a
+death means for requests is the scheduler's matter; this module only says who is up and who is down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from tinfer.config import ServeConfig
+from tinfer.errors import WorkerCannotStart
+from tinfer.master.placement import Placement, worker_spec
+from tinfer.master.rundir import RunDirectory
+from tinfer.master.zygote_link import Lifeline, ZygoteLink
+from tinfer.wire.control import Control, Exited, Fork, Forked, Imported
+from tinfer.wire.links import Incarnation
+from tinfer.wire.messages import Ready
+
+log = logging.getLogger(__name__)
+
+FIRST_BACKOFF_S = 0.2
+MAX_BACKOFF_S = 30.0
+# A worker that has served this long starts its next life with a clean record.
+STABLE_AFTER_S = 60.0
+# How long workers get to leave after `Stop` before they are killed.
+STOP_GRACE_S = 5.0
+
+
+class Life(enum.Enum):
+    """Where an incarnation is."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DEAD = "dead"
+    GIVEN_UP = "given-up"
+
+
+class WorkerSlot:
+    """One worker over all its incarnations."""
+
+    def __init__(self, placement: Placement) -> None:
+        self.placement = placement
+        self.generation = 0
+        self.life = Life.DEAD
+        self.pid: int | None = None
+        self.ready: Ready | None = None
+        self.ready_at_s = 0.0
+        self.num_failures = 0
+        self.num_restarts = 0
+        self.reason = ""
+        self.pidfd = -1
+        self.timer: asyncio.TimerHandle | None = None
+
+    @property
+    def incarnation(self) -> Incarnation:
+        return Incarnation(self.placement.worker_id, self.generation)
+
+
+class Supervisor:
+    """Owns the zygote and every worker process.
+
+    `on_up(slot)` and `on_down(incarnation)` come in pairs for incarnations that became ready;
+    `on_given_up(slot)` when a worker will not be tried again; `on_change()` after anything.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        placements: list[Placement],
+        run_dir: RunDirectory,
+        model_dir: str,
+        on_up: Callable[[WorkerSlot], None],
+        on_down: Callable[[Incarnation], None],
+        on_given_up: Callable[[WorkerSlot], None],
+        on_change: Callable[[], None],
+    ) -> None:
+        self._config = config
+        self._run_dir = run_dir
+        self._model_dir = model_dir
+        self._on_up = on_up
+        self._on_down = on_down
+        self._on_given_up = on_given_up
+        self._on_change = on_change
+        self._loop = asyncio.get_running_loop()
+        self._lifeline = Lifeline()
+        self._zygote: ZygoteLink | None = None
+        self._stopping = False
+        self._all_gone = asyncio.Event()
+        self.import_s: float | None = None
+        self.notes: set[str] = set()
+        self.slots = {p.worker_id: WorkerSlot(p) for p in placements}
+
+    # --- starting -----------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the zygote and order every worker; readiness arrives through the callbacks."""
+        self._start_zygote()
+        for slot in self.slots.values():
+            self._start(slot)
+
+    def _start_zygote(self) -> None:
+        self._zygote = ZygoteLink(
+            self._config, self._run_dir.path, self._lifeline, self._control, self._zygote_gone
+        )
+
+    def _start(self, slot: WorkerSlot) -> None:
+        if self._stopping or self._zygote is None:
+            return
+        slot.generation += 1
+        slot.life = Life.STARTING
+        slot.pid = None
+        spec = worker_spec(
+            self._config,
+            slot.placement,
+            slot.generation,
+            self._model_dir,
+            self._run_dir.socket_path,
+            self._run_dir.log_path(slot.placement.worker_id, self._config.log_dir),
+        )
+        self._zygote.fork(spec)
+        self._set_timer(slot, self._config.start_timeout, self._start_too_slow)
+        self._on_change()
+
+    def _start_too_slow(self, slot: WorkerSlot) -> None:
+        slot.reason = f"not ready after {self._config.start_timeout:g} s"
+        self._kill(slot)
+
+    def _set_timer(
+        self, slot: WorkerSlot, delay_s: float, call: Callable[[WorkerSlot], None]
+    ) -> None:
+        if slot.timer is not None:
+            slot.timer.cancel()
+        slot.timer = self._loop.call_later(delay_s, call, slot)
+
+    # --- what the zygote says -----------------------------------------------------------------
+
+    def _control(self, message: Control) -> None:
+        match message:
+            case Imported(seconds):
+                self.import_s = seconds
+            case Forked(worker_id, generation, pid, forked, note):
+                if not forked:
+                    self.notes.add(f"workers are spawned, not forked: {note}")
+                self._forked(self.slots[worker_id], generation, pid)
+            case Exited(pid, status):
+                self._explain(pid, status)
+            case Fork():
+                log.error("the import process sent an order")
+        self._on_change()
+
+    def _forked(self, slot: WorkerSlot, generation: int, pid: int) -> None:
+        if generation != slot.generation:
+            return
+        slot.pid = pid
+        try:
+            slot.pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self._died(slot)
+            return
+        self._loop.add_reader(slot.pidfd, self._died, slot)
+
+    def _explain(self, pid: int, status: int) -> None:
+        for slot in self.slots.values():
+            if slot.pid == pid and not slot.reason:
+                slot.reason = _exit_reason(status)
+
+    def _zygote_gone(self) -> None:
+        """Workers are unharmed: the master becomes their parent (it is a subreaper)."""
+        if self._stopping or self._zygote is None:
+            return
+        status = self._zygote.reap()
+        log.warning("the import process ended (%s); starting another", _exit_reason(status))
+        self._start_zygote()
+        for slot in self.slots.values():
+            if slot.life is Life.STARTING and slot.pid is None:
+                slot.generation -= 1  # the order was lost with the zygote
+                self._start(slot)
+
+    # --- what the workers say -----------------------------------------------------------------
+
+    def worker_ready(self, sender: Incarnation, ready: Ready) -> None:
+        slot = self.slots.get(sender.worker_id)
+        if slot is None or slot.incarnation != sender or slot.life is not Life.STARTING:
+            return
+        if slot.timer is not None:
+            slot.timer.cancel()
+        slot.life = Life.READY
+        slot.ready = ready
+        slot.ready_at_s = self._loop.time()
+        slot.reason = ""
+        self._on_up(slot)
+        self._on_change()
+
+    def worker_failed(self, sender: Incarnation, reason: str) -> None:
+        """`CannotStart` or `Fault`; the exit that ends the incarnation follows."""
+        slot = self.slots.get(sender.worker_id)
+        if slot is not None and slot.incarnation == sender:
+            slot.reason = reason
+
+    # --- deaths -------------------------------------------------------------------------------
+
+    def _died(self, slot: WorkerSlot) -> None:
+        if slot.pidfd >= 0:
+            self._loop.remove_reader(slot.pidfd)
+            os.close(slot.pidfd)
+            slot.pidfd = -1
+        if slot.timer is not None:
+            slot.timer.cancel()
+        was_ready, slot.life = slot.life is Life.READY, Life.DEAD
+        if was_ready and self._loop.time() - slot.ready_at_s > STABLE_AFTER_S:
+            slot.num_failures = 0
+        slot.num_failures += 1
+        self._reap_orphan(slot)
+        if was_ready:
+            self._on_down(slot.incarnation)
+        if self._stopping:
+            self._check_all_gone()
+            return
+        # The exit status comes from the zygote, often a moment after the pidfd.
+        self._loop.call_later(0.05, self._after_death, slot, slot.generation)
+
+    def _after_death(self, slot: WorkerSlot, generation: int) -> None:
+        if self._stopping or slot.generation != generation or slot.life is not Life.DEAD:
+            return
+        never_served = slot.num_restarts == 0 and slot.ready is None
+        log.error("worker %s died: %s", slot.placement.worker_id, slot.reason or "no reason known")
+        if never_served or slot.num_failures > self._config.max_worker_restarts:
+            slot.life = Life.GIVEN_UP
+            self._on_given_up(slot)
+        else:
+            slot.num_restarts += 1
+            delay_s = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (slot.num_failures - 1))
+            self._set_timer(slot, delay_s, self._start)
+        self._on_change()
+
+    def _reap_orphan(self, slot: WorkerSlot) -> None:
+        """Reap a worker that outlived its zygote and so became this process's child."""
+        if slot.pid is None:
+            return
+        try:
+            pid, status = os.waitpid(slot.pid, os.WNOHANG)
+        except ChildProcessError:
+            return  # the zygote's child, as usual
+        if pid:
+            self._explain(pid, os.waitstatus_to_exitcode(status))
+
+    def _kill(self, slot: WorkerSlot) -> None:
+        if slot.pidfd >= 0:
+            signal.pidfd_send_signal(slot.pidfd, signal.SIGKILL)
+
+    # --- stopping -----------------------------------------------------------------------------
+
+    async def stop(self, ask: Callable[[Incarnation], None]) -> None:
+        """End all processes: `ask` each ready worker to leave, kill what stays, then the zygote,
+        which removes the run directory. Idempotent enough to be called after a failed start."""
+        self._stopping = True
+        for slot in self.slots.values():
+            if slot.timer is not None:
+                slot.timer.cancel()
+            if slot.life is Life.READY:
+                ask(slot.incarnation)
+            else:
+                self._kill(slot)
+        self._check_all_gone()
+        try:
+            await asyncio.wait_for(self._all_gone.wait(), STOP_GRACE_S)
+        except TimeoutError:
+            self.kill_all()
+        self._lifeline.close()
+        if self._zygote is not None:
+            await self._zygote.close(STOP_GRACE_S)
+
+    def kill_all(self) -> None:
+        """SIGKILL every worker that still lives."""
+        for slot in self.slots.values():
+            self._kill(slot)
+
+    def _check_all_gone(self) -> None:
+        if all(slot.pidfd < 0 for slot in self.slots.values()):
+            self._all_gone.set()
+
+    def log_tail(self, slot: WorkerSlot, num_lines: int = 15) -> str:
+        """The end of a worker's log, to show why it could not start."""
+        path = Path(self._run_dir.log_path(slot.placement.worker_id, self._config.log_dir))
+        try:
+            return "\n".join(path.read_text(errors="replace").splitlines()[-num_lines:])
+        except OSError:
+            return ""
+
+    def cannot_start(self, slot: WorkerSlot) -> WorkerCannotStart:
+        return WorkerCannotStart(
+            f"worker {slot.placement.worker_id} ({slot.placement.label}) cannot start: "
+            f"{slot.reason or 'it died without a word'}"
+        )
+
+
+def _exit_reason(status: int) -> str:
+    if status >= 0:
+        return f"exit code {status}"
+    try:
+        return f"killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"killed by signal {-status}"

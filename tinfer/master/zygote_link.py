@@ -1,0 +1,153 @@
+"""The master's hold on the zygote: process, control socket, and the lifeline of all workers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from tinfer.config import ServeConfig
+from tinfer.errors import WorkerCannotStart
+from tinfer.wire.control import Control, Fork, FrameReader, WorkerSpec, pack
+
+log = logging.getLogger(__name__)
+
+_RECV_BYTES = 1 << 16
+
+
+class Lifeline:
+    """A pipe whose write end only the master has; every worker ends when it closes."""
+
+    def __init__(self) -> None:
+        self.read_fd, self._write_fd = os.pipe2(os.O_CLOEXEC)
+
+    def close(self) -> None:
+        """Idempotent."""
+        for name in ("read_fd", "_write_fd"):
+            if (fd := getattr(self, name)) >= 0:
+                os.close(fd)
+                setattr(self, name, -1)
+
+
+class ZygoteLink:
+    """One zygote process. `on_message` gets its reports, `on_exit` is called once at its end."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        run_dir: Path,
+        lifeline: Lifeline,
+        on_message: Callable[[Control], None],
+        on_exit: Callable[[], None],
+    ) -> None:
+        self._on_message = on_message
+        self._on_exit = on_exit
+        self._frames = FrameReader()
+        self._loop = asyncio.get_running_loop()
+        self._socket, child = socket.socketpair()
+        log_path = Path(config.log_dir) if config.log_dir else run_dir
+        try:
+            with (log_path / "zygote.log").open("ab") as log_file:
+                self._process = subprocess.Popen(
+                    _command(config, run_dir, child.fileno(), lifeline.read_fd),
+                    pass_fds=[child.fileno(), lifeline.read_fd],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log_file,
+                    stderr=log_file,
+                    env=_environment(config),
+                    start_new_session=True,
+                )
+        except OSError as error:
+            self._socket.close()
+            raise WorkerCannotStart(f"cannot start the import process: {error}") from error
+        finally:
+            child.close()
+        self._socket.setblocking(False)
+        self._loop.add_reader(self._socket, self._readable)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def fork(self, spec: WorkerSpec) -> None:
+        """Order a worker. The frame is small and the socket private, so the send never blocks long;
+        a zygote that has just died makes it a no-op, and `on_exit` follows."""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._socket.setblocking(True)
+            try:
+                self._socket.sendall(pack(Fork(spec)))
+            finally:
+                self._socket.setblocking(False)
+
+    def _readable(self) -> None:
+        try:
+            data = self._socket.recv(_RECV_BYTES)
+        except BlockingIOError:
+            return
+        except ConnectionResetError:
+            data = b""
+        if not data:
+            self._loop.remove_reader(self._socket)
+            self._on_exit()
+            return
+        try:
+            messages = self._frames.feed(data)
+        except (ValueError, msgspec.DecodeError):
+            log.exception("broken control frame")
+            return
+        for message in messages:
+            self._on_message(message)
+
+    async def close(self, timeout_s: float) -> None:
+        """Close the control socket, which ends the zygote, and wait; kill it if it is late."""
+        self._loop.remove_reader(self._socket)
+        self._socket.close()
+        try:
+            await asyncio.wait_for(asyncio.to_thread(self._process.wait), timeout_s)
+        except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGKILL)
+            await asyncio.to_thread(self._process.wait)
+
+    def reap(self) -> int:
+        """Wait for a process that has already closed its socket; returns its exit status."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._process.pid, signal.SIGKILL)
+        self._socket.close()
+        return self._process.wait()
+
+
+def _command(config: ServeConfig, run_dir: Path, control_fd: int, lifeline_fd: int) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "tinfer.worker",
+        "--control",
+        str(control_fd),
+        "--lifeline",
+        str(lifeline_fd),
+        "--run-dir",
+        str(run_dir),
+        "--engine",
+        config.engine,
+    ]
+
+
+def _environment(config: ServeConfig) -> dict[str, str]:
+    """The workers' environment. One OpenMP thread per worker keeps the import process at one
+    thread, so that it can fork, and keeps a worker's results independent of the batch."""
+    environment = dict(os.environ)
+    environment["OMP_NUM_THREADS"] = "1"
+    # A value from the user's shell would override `--kv-cache-memory-bytes`, in whole GiB.
+    environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    environment.setdefault("VLLM_LOGGING_LEVEL", "DEBUG" if config.verbose else "INFO")
+    return environment
