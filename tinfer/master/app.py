@@ -17,6 +17,7 @@ from aiohttp import web
 from tinfer import __version__
 from tinfer.api.options import ApiOptions
 from tinfer.api.render import Renderer
+from tinfer.api.sampling import load_sampling_defaults
 from tinfer.api.server import create_app, create_runner
 from tinfer.api.service import ModelCard
 from tinfer.clock import MonotonicClock
@@ -154,7 +155,11 @@ class Server:
             created_s=int(time.time()),
         )
         self._service = MasterService(self._dispatcher, self._scheduler, self._supervisor, card)
-        options = ApiOptions(version=__version__, strict_params=self._config.strict_params)
+        options = ApiOptions(
+            version=__version__,
+            strict_params=self._config.strict_params,
+            sampling_defaults=load_sampling_defaults(Path(self.model_dir)),
+        )
         self._runner = create_runner(create_app(self._service, renderer, options))
         await self._runner.setup()
         await web.SockSite(self._runner, self._listener).start()

@@ -1,0 +1,88 @@
+"""A canned server on a loopback socket, with a client; leaked streams fail the test that leaks."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import msgspec
+import pytest
+from aiohttp import web
+
+from tests.api.canned import CannedService, write_model_dir
+from tinfer.api.options import ApiOptions
+from tinfer.api.render import Renderer
+from tinfer.api.server import create_app, create_runner
+
+OPTIONS = ApiOptions(version="1.2.3", system_fingerprint="fp")
+
+
+class Server:
+    """The canned service behind the real application, and how to talk to it."""
+
+    def __init__(self, url: str, service: CannedService, session: aiohttp.ClientSession) -> None:
+        self.url = url
+        self.service = service
+        self.session = session
+
+    async def post(self, path: str, **body: Any) -> tuple[int, Any, Any]:
+        """Status, JSON body and headers."""
+        async with self.session.post(self.url + path, json=body) as response:
+            return response.status, await response.json(), response.headers
+
+    async def complete(self, **body: Any) -> Any:
+        status, said, _ = await self.post("/v1/completions", **{"prompt": "ab", **body})
+        assert status == 200, said
+        return said
+
+    async def chat(self, **body: Any) -> Any:
+        body = {"messages": [{"role": "user", "content": "hi"}], **body}
+        status, said, _ = await self.post("/v1/chat/completions", **body)
+        assert status == 200, said
+        return said
+
+    async def stream(self, path: str, **body: Any) -> list[Any]:
+        """The events of a stream; the end mark is checked and left out."""
+        async with self.session.post(self.url + path, json={"stream": True, **body}) as response:
+            assert response.status == 200, await response.text()
+            assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
+            text = (await response.read()).decode()
+        events = text.split("\n\n")
+        assert events[-2:] == ["data: [DONE]", ""]
+        return [msgspec.json.decode(event.removeprefix("data: ")) for event in events[:-2]]
+
+    async def refused(self, path: str, **body: Any) -> tuple[int, Any]:
+        """Status and error object of a request that must fail without reaching the service."""
+        status, said, _ = await self.post(path, **body)
+        assert said.keys() == {"error"}
+        assert said["error"].keys() == {"message", "type", "param", "code"}
+        assert said["error"]["code"] == status
+        return status, said["error"]
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model_dir(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def options(request: pytest.FixtureRequest) -> ApiOptions:
+    """`OPTIONS`, changed by the fields of an `indirect` parameter."""
+    return msgspec.structs.replace(OPTIONS, **getattr(request, "param", {}))
+
+
+@pytest.fixture
+async def server(model_dir: Path, options: ApiOptions) -> AsyncIterator[Server]:
+    service = CannedService()
+    renderer = await Renderer.load(model_dir)
+    runner = create_runner(create_app(service, renderer, options), shutdown_timeout_s=1.0)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    host, port = runner.addresses[0][:2]
+    async with aiohttp.ClientSession() as session:
+        yield Server(f"http://{host}:{port}", service, session)
+    await runner.cleanup()
+    assert service.all_released()

@@ -1,0 +1,96 @@
+"""What every handler needs, made once by `create_app`."""
+
+from __future__ import annotations
+
+import time
+from typing import TypeVar
+
+from aiohttp import web
+
+from tinfer.api.decode import BodyDecoder
+from tinfer.api.fields import IgnoredLog, ignored_header
+from tinfer.api.options import ApiOptions
+from tinfer.api.render import Prompt, Renderer
+from tinfer.api.responses import new_id
+from tinfer.api.sampling import ModelLimits
+from tinfer.api.schemas import ChatRequest, CompletionRequest, SamplingFields
+from tinfer.api.service import Service
+from tinfer.api.serving import Job
+from tinfer.errors import InvalidRequest, ModelNotFound
+
+MAX_SHOWN_CHARS = 256
+
+RequestT = TypeVar("RequestT", bound=SamplingFields)
+
+
+class Api:
+    """The service, the renderer and the options behind the HTTP handlers."""
+
+    def __init__(self, service: Service, renderer: Renderer, options: ApiOptions) -> None:
+        self.service = service
+        self.renderer = renderer
+        self.options = options
+        self.completions = BodyDecoder(CompletionRequest, options.strict_params)
+        self.chats = BodyDecoder(ChatRequest, options.strict_params)
+        self._ignored = IgnoredLog()
+
+    @property
+    def limits(self) -> ModelLimits:
+        model = self.service.model
+        return ModelLimits(model.max_model_len, model.vocab_size, self.options.max_logprobs)
+
+    async def read(
+        self, request: web.Request, decoder: BodyDecoder[RequestT]
+    ) -> tuple[RequestT, dict[str, str]]:
+        """The typed request and the headers that go with its answer.
+
+        Raises `InvalidRequest` for a body that is not what the endpoint takes, `ModelNotFound`.
+        """
+        if request.content_type != "application/json":
+            raise InvalidRequest("the Content-Type must be application/json")
+        parsed, unknown = decoder.decode(await request.read())
+        self._ignored.note(unknown)
+        names = self.service.model.names
+        if parsed.model and parsed.model not in names:
+            asked, served = parsed.model[:MAX_SHOWN_CHARS], ", ".join(names)
+            raise ModelNotFound(
+                f"the model `{asked}` does not exist; served: {served}", param="model"
+            )
+        if parsed.stream_options is not None and not parsed.stream:
+            raise InvalidRequest("needs stream to be true", param="stream_options")
+        if parsed.stream and parsed.prompt_logprobs:
+            raise InvalidRequest("is not available in a stream", param="prompt_logprobs")
+        return parsed, ignored_header(unknown)
+
+    def job(
+        self,
+        request: web.Request,
+        parsed: SamplingFields,
+        prefix: str,
+        prompts: list[Prompt],
+        num_logprobs: int | None,
+    ) -> Job:
+        """What the request wants to see. Raises `InvalidRequest` for too many answers."""
+        options = self.options
+        n = parsed.n or 1
+        if len(prompts) * n > options.max_sequences:
+            raise InvalidRequest(f"at most {options.max_sequences} answers at once", param="n")
+        usage = parsed.stream_options
+        include_usage = usage is not None and bool(usage.include_usage)
+        continuous = include_usage and usage is not None and bool(usage.continuous_usage_stats)
+        as_ids = parsed.return_tokens_as_token_ids
+        own_id = request.headers.get("X-Request-Id") or parsed.request_id or new_id()
+        return Job(
+            id=f"{prefix}-{own_id}",
+            created=int(time.time()),
+            model=self.service.model.names[0],
+            fingerprint=options.system_fingerprint,
+            prompts=prompts,
+            n=n,
+            include_usage=include_usage or options.force_include_usage,
+            continuous_usage=continuous or options.force_include_usage,
+            cached_details=options.enable_prompt_tokens_details,
+            return_token_ids=bool(parsed.return_token_ids),
+            tokens_as_ids=options.return_tokens_as_token_ids if as_ids is None else as_ids,
+            num_logprobs=num_logprobs,
+        )

@@ -1,0 +1,141 @@
+"""Request fields that `schemas.py` does not declare: refused, without effect, or unknown.
+
+One table for both endpoints. A field that would change the answer, and that we do not carry out, is
+refused unless its value means "off": an answer that silently lacks what was asked for is wrong.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from tinfer.errors import InvalidRequest
+
+log = logging.getLogger(__name__)
+
+IGNORED_HEADER = "X-Tinfer-Ignored"
+MAX_NAMES_IN_HEADER = 16
+MAX_NAME_CHARS = 48
+MAX_LOGGED_NAMES = 256
+
+_OFF: tuple[Any, ...] = (None, False)
+_EMPTY: tuple[Any, ...] = (None, [], {})
+
+# Name → the values that change nothing (an absent field is never looked up).
+REFUSED: dict[str, tuple[Any, ...]] = {
+    # OpenAI
+    "audio": (None,),
+    "best_of": (None, 1),
+    "function_call": (None, "none"),
+    "functions": _EMPTY,
+    "modalities": (None, [], ["text"]),
+    "moderation": _EMPTY,
+    "prediction": _EMPTY,
+    "suffix": (None,),
+    "tool_choice": (None, "none"),
+    "tools": _EMPTY,
+    "verbosity": (None, "medium"),
+    "web_search_options": (None,),
+    # OpenAI names that one of the endpoints declares and the other does not carry out
+    "echo": _OFF,
+    "max_completion_tokens": (None,),
+    "top_logprobs": (None, 0),
+    # vLLM 0.32
+    "cache_salt": (None,),
+    "ec_transfer_params": _EMPTY,
+    "kv_transfer_params": _EMPTY,
+    "length_penalty": (None, 1.0),
+    "logprob_token_ids": _EMPTY,
+    "media_io_kwargs": _EMPTY,
+    "mm_processor_kwargs": _EMPTY,
+    "priority": (None, 0),
+    "prompt_embeds": _EMPTY,
+    "repetition_detection": (None,),
+    "routed_experts_prompt_start": (None, 0),
+    "stream_interval": (None, 1),
+    "thinking_token_budget": (None, -1),
+    "truncate_prompt_tokens": (None,),
+    "truncation_side": (None,),
+    "use_beam_search": _OFF,
+    "vllm_xargs": _EMPTY,
+    "watermarking": _OFF,
+    # vLLM of old; 0.32 ignores them, so the answer would not be constrained
+    "early_stopping": _OFF,
+    "guided_choice": _EMPTY,
+    "guided_decoding_backend": (None,),
+    "guided_grammar": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "guided_whitespace_pattern": (None,),
+    "logits_processors": _EMPTY,
+    "structural_tag": (None,),
+}
+
+# Known to OpenAI or vLLM and without effect on the answer here, whatever the value.
+NO_EFFECT = frozenset(
+    {
+        "include_reasoning",
+        "metadata",
+        "mm_payload",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "return_mm_kwargs",
+        "return_token_offsets",
+        "safety_identifier",
+        "service_tier",
+        "session_id",
+        "store",
+        "user",
+    }
+)
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9_.\-]")
+
+
+class IgnoredLog(Struct):
+    """Names already logged, to log each once; bounded, since clients choose them."""
+
+    seen: set[str] = msgspec.field(default_factory=set)
+
+    def note(self, names: Collection[str]) -> None:
+        for name in names:
+            if name not in self.seen and len(self.seen) < MAX_LOGGED_NAMES:
+                self.seen.add(name)
+                log.warning("request field is unknown and ignored", extra={"field": name})
+
+
+def screen(sent: Mapping[str, msgspec.Raw], declared: Collection[str], strict: bool) -> list[str]:
+    """Judge the undeclared fields of one request; returns the unknown ones, safe to log and send.
+
+    Raises `InvalidRequest` for a field that is known but not supported, and with `strict` for any
+    unknown one.
+    """
+    unknown: list[str] = []
+    for name, raw in sent.items():
+        if name in declared or name in NO_EFFECT:
+            continue
+        shown = _UNSAFE.sub("?", name[:MAX_NAME_CHARS])
+        if name in REFUSED:
+            if msgspec.json.decode(raw) not in REFUSED[name]:
+                raise InvalidRequest(f"`{shown}` is not supported with this value", param=shown)
+        elif strict:
+            raise InvalidRequest(f"`{shown}` is not a known field", param=shown)
+        else:
+            unknown.append(shown)
+    return unknown
+
+
+def ignored_header(unknown: list[str]) -> dict[str, str]:
+    """The response header that names what was ignored; empty when nothing was."""
+    if not unknown:
+        return {}
+    shown = unknown[:MAX_NAMES_IN_HEADER]
+    if len(unknown) > len(shown):
+        shown.append(f"+{len(unknown) - len(shown)}")
+    return {IGNORED_HEADER: ",".join(shown)}

@@ -1,0 +1,31 @@
+"""What the HTTP layer can be told, all of it with vLLM's defaults."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec import Struct
+
+from tinfer.api.sampling import SamplingDefaults
+
+
+class ApiOptions(Struct, frozen=True, kw_only=True):
+    """How the API behaves.
+
+    `system_fingerprint` None sends null. `max_logprobs` -1 lifts the bound.
+    """
+
+    version: str
+    system_fingerprint: str | None = None
+    strict_params: bool = False
+    max_logprobs: int = 20  # Source: vLLM --max-logprobs default
+    max_prompts: int = 1024  # Source: vLLM VLLM_MAX_COMPLETION_PROMPTS default
+    max_sequences: int = 16384
+    max_body_bytes: int = 32 << 20
+    enable_prompt_tokens_details: bool = False
+    force_include_usage: bool = False
+    trust_request_chat_template: bool = False
+    return_tokens_as_token_ids: bool = False
+    default_chat_template_kwargs: dict[str, Any] = {}
+    response_role: str = "assistant"
+    sampling_defaults: SamplingDefaults = SamplingDefaults()

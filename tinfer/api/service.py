@@ -1,0 +1,87 @@
+"""What the HTTP layer needs from the master: submit one sequence, read its stream, cancel it.
+
+The master implements `Service`; tests of the API implement it with canned streams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any, Literal, Protocol
+
+from msgspec import Struct
+
+from tinfer.core.sampling import SamplingSpec, TokenLogprobs
+from tinfer.core.types import Route
+
+
+class Generation(Struct, frozen=True):
+    """One sequence to generate: a prompt as token ids and how to sample its answer."""
+
+    prompt_token_ids: list[int]
+    sampling: SamplingSpec
+    route: Route | None = None
+
+
+class Delta(Struct):
+    """What is new on a stream since the last delta; several engine steps merge when the reader is
+    behind. `logprobs` has one entry per token of `token_ids` when asked for, else it is None.
+
+    The last delta of a stream has a `finish_reason`. `prompt_logprobs` comes once, with the first
+    delta; `cached_tokens` is the number of prompt tokens that no worker computed for this request.
+    """
+
+    text: str = ""
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finish_reason: Literal["stop", "length", "abort", "error"] | None = None
+    stop_reason: int | str | None = None
+    cached_tokens: int = 0
+
+
+class Stream(Protocol):
+    """One running request. Iterate it to the end, or cancel it; cancel after the end is a no-op."""
+
+    @property
+    def request_id(self) -> str: ...
+
+    def __aiter__(self) -> AsyncIterator[Delta]:
+        """Deltas in order. Raises `ServerError` when the request fails midway."""
+        ...
+
+    def cancel(self) -> None:
+        """Stop the request on every worker at once; never blocks, never raises."""
+        ...
+
+
+class ModelCard(Struct, frozen=True):
+    """What `/v1/models` and validation say of the served model."""
+
+    names: tuple[str, ...]
+    root: str
+    max_model_len: int
+    vocab_size: int
+    created_s: int
+
+
+class Service(Protocol):
+    """The master as the API sees it."""
+
+    @property
+    def model(self) -> ModelCard: ...
+
+    def submit(self, generation: Generation) -> Stream:
+        """Accept a sequence. Raises `Overloaded` or `NoWorker` when it cannot be taken."""
+        ...
+
+    def healthy(self) -> tuple[bool, str]:
+        """Whether requests can be served now, and one word why: `ok`, `starting`, `draining`, …"""
+        ...
+
+    def ledger(self) -> dict[str, Any]:
+        """What is open right now: the body of `/debug/ledger`."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Workers and requests by phase: the body of `/debug/state`."""
+        ...

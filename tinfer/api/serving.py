@@ -1,0 +1,218 @@
+"""What both endpoints share of an answer: what is asked, what is counted, how it is sent."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
+
+import msgspec
+from aiohttp import web
+from msgspec import UNSET, Struct
+
+from tinfer.api.failures import error_body, json_response, unexpected
+from tinfer.api.fanout import Batch, Fanout
+from tinfer.api.render import Prompt
+from tinfer.api.responses import CachedTokens, ChunkTail, PromptTokensDetails, Usage
+from tinfer.api.service import Delta, Generation, Service
+from tinfer.api.sse import DONE, error_event, open_stream
+from tinfer.core.sampling import SamplingSpec, TokenLogprobs
+from tinfer.errors import EngineFailed, TinferError
+
+
+class Job(Struct, frozen=True, kw_only=True):
+    """What one request wants to see of its answers; index = prompt × n + child.
+
+    `num_logprobs` is the number of top candidates per token, None for no logprobs.
+    """
+
+    id: str
+    created: int
+    model: str
+    fingerprint: str | None
+    prompts: list[Prompt]
+    n: int
+    include_usage: bool
+    continuous_usage: bool
+    cached_details: bool
+    return_token_ids: bool
+    tokens_as_ids: bool
+    num_logprobs: int | None
+
+    @property
+    def num_answers(self) -> int:
+        return len(self.prompts) * self.n
+
+
+class Answer(Struct):
+    """One sequence as far as it has come."""
+
+    text: list[str] = msgspec.field(default_factory=list)
+    token_ids: list[int] = msgspec.field(default_factory=list)
+    logprobs: list[TokenLogprobs] = msgspec.field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def add(self, delta: Delta) -> None:
+        self.text.append(delta.text)
+        self.token_ids += delta.token_ids
+        self.logprobs += delta.logprobs or ()
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = delta.prompt_logprobs
+        self.finish_reason = delta.finish_reason
+        self.stop_reason = delta.stop_reason
+
+
+class Counter:
+    """Counts tokens per answer, and makes the usage objects of one request."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._cached = [0] * job.num_answers
+        self.output_tokens = [0] * job.num_answers
+
+    def add(self, index: int, delta: Delta) -> None:
+        self.output_tokens[index] += len(delta.token_ids)
+        self._cached[index] = max(self._cached[index], delta.cached_tokens)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Over the prompts, each counted once, however many answers it has."""
+        return sum(self._cached[:: self._job.n])
+
+    def total(self) -> Usage:
+        """Usage of a whole response."""
+        usage = self._usage(self._prompt_tokens(), sum(self.output_tokens))
+        if self._job.cached_details:
+            usage.prompt_tokens_details = PromptTokensDetails(self.cached_tokens)
+        return usage
+
+    def streamed_total(self) -> Usage:
+        """Usage at the end of a stream, where nulls are left out."""
+        usage = self._usage(self._prompt_tokens(), sum(self.output_tokens))
+        usage.completion_tokens_details = UNSET
+        details = CachedTokens(self.cached_tokens) if self._job.cached_details else UNSET
+        usage.prompt_tokens_details = details
+        return usage
+
+    def so_far(self, index: int) -> Usage:
+        """Usage of one answer and its prompt, for a chunk."""
+        prompt = self._job.prompts[index // self._job.n]
+        usage = self._usage(len(prompt.token_ids), self.output_tokens[index])
+        usage.prompt_tokens_details = usage.completion_tokens_details = UNSET
+        return usage
+
+    def _prompt_tokens(self) -> int:
+        return sum(len(prompt.token_ids) for prompt in self._job.prompts)
+
+    @staticmethod
+    def _usage(prompt_tokens: int, output_tokens: int) -> Usage:
+        return Usage(prompt_tokens, prompt_tokens + output_tokens, output_tokens)
+
+
+class Reply(Protocol):
+    """How one endpoint writes its answers."""
+
+    counter: Counter
+
+    @property
+    def job(self) -> Job: ...
+
+    def opening(self) -> bytes:
+        """Events before the first delta."""
+        ...
+
+    def event(self, index: int, delta: Delta) -> bytes:
+        """The event of one delta; the counter already knows it."""
+        ...
+
+    def closing(self) -> bytes:
+        """Events after the last delta, before the end mark."""
+        ...
+
+    def whole(self, answers: list[Answer]) -> Struct:
+        """The body of a response that is not streamed."""
+        ...
+
+
+def generations(prompts: Sequence[Prompt], specs: Sequence[list[SamplingSpec]]) -> list[Generation]:
+    """One sequence per prompt and child, in index order; `specs` holds the children of each."""
+    return [
+        Generation(prompt_token_ids=prompt.token_ids, sampling=spec)
+        for prompt, children in zip(prompts, specs, strict=True)
+        for spec in children
+    ]
+
+
+def stop_tail(job: Job, delta: Delta, usage: Usage | None) -> ChunkTail | None:
+    """What a chunk carries behind its choice: usage on request, the fingerprint at the end."""
+    stamp = delta.finish_reason is not None and not job.include_usage and job.fingerprint
+    if usage is None and not stamp:
+        return None
+    return ChunkTail(usage=usage or UNSET, system_fingerprint=stamp or UNSET)
+
+
+def usage_tail(job: Job, counter: Counter) -> ChunkTail:
+    """What the last chunk carries when usage is asked for."""
+    return ChunkTail(usage=counter.streamed_total(), system_fingerprint=job.fingerprint or UNSET)
+
+
+def sampled_logprobs(source: Delta | Answer) -> list[TokenLogprobs]:
+    """The logprobs of the sampled tokens. Raises `EngineFailed` when some are missing."""
+    logprobs = source.logprobs or []
+    if len(logprobs) != len(source.token_ids):
+        raise EngineFailed("the engine sent no logprobs for some tokens")
+    return logprobs
+
+
+async def answer(
+    request: web.Request,
+    service: Service,
+    sequences: Sequence[Generation],
+    reply: Reply,
+    stream: bool,
+    headers: dict[str, str],
+) -> web.StreamResponse:
+    """Run the sequences and send what they say; nothing of them is left running afterwards.
+
+    Raises what fails before the first byte.
+    """
+    async with Fanout(service, sequences) as batches:
+        if stream:
+            return await _stream(request, batches, reply, headers)
+        answers = [Answer() for _ in sequences]
+        async for batch in batches:
+            for index, delta in batch:
+                reply.counter.add(index, delta)
+                answers[index].add(delta)
+        return json_response(reply.whole(answers), headers=headers)
+
+
+async def _stream(
+    request: web.Request, batches: AsyncIterator[Batch], reply: Reply, headers: dict[str, str]
+) -> web.StreamResponse:
+    # The head waits for the first delta: what fails before it still has its own status.
+    first = await anext(batches)
+    response = await open_stream(request, headers)
+    try:
+        await response.write(reply.opening() + _events(reply, first))
+        async for batch in batches:
+            await response.write(_events(reply, batch))
+        last = reply.closing()
+    except TinferError as error:
+        last = error_event(error_body(error))
+    except ConnectionResetError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the status is sent, so the stream has to say it
+        last = error_event(unexpected(error))
+    await response.write(last + DONE)
+    await response.write_eof()
+    return response
+
+
+def _events(reply: Reply, batch: Batch) -> bytes:
+    events = []
+    for index, delta in batch:
+        reply.counter.add(index, delta)
+        events.append(reply.event(index, delta))
+    return b"".join(events)
