@@ -166,6 +166,7 @@ class Process:
         del self.pulls[rid]
         self.outbox.append(Pulled(rid, self.id, self.generation, ok=choice == 0))
         if pull.is_wanted:
+            self.outbox.append(FirstToken(rid, self.id, self.generation))
             self.decodes[rid] = None
 
     def _end_decode(self, rid: str, choice: int) -> None:

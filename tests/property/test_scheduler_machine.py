@@ -69,7 +69,7 @@ TestSchedulerMachine.settings = settings(max_examples=100, stateful_step_count=4
 @pytest.mark.parametrize("fleet", FLEETS)
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_a_long_walk_keeps_every_account(fleet: str, seed: int) -> None:
-    walk(fleet, random.Random(seed), num_moves=2000)
+    walk(fleet, random.Random(seed), num_moves=1500)
 
 
 def walk(fleet: str, rng: random.Random, num_moves: int) -> None:

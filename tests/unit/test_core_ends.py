@@ -121,6 +121,12 @@ def test_an_overdue_lease_is_extended_while_somebody_may_read_it(box: Box) -> No
     assert box.on(LeaseOverdue(KEY)) == [ExtendLease(KEY)]
 
 
+def test_only_its_reader_can_say_that_a_lease_is_read(box: Box) -> None:
+    box.to_handoff()
+    assert box.on(Pulled("r", "p", 0, True), LeaseOverdue(KEY)) == [ExtendLease(KEY)]
+    assert box.phase() is Phase.HANDOFF
+
+
 def test_an_overdue_lease_whose_reader_has_stopped_is_released_once(box: Box) -> None:
     box.to_decoding()
     assert box.on(LeaseOverdue(KEY), LeaseOverdue(KEY)) == [ReleaseLease(KEY)]

@@ -168,6 +168,17 @@ def test_a_split_starts_where_somebody_else_can_read(roles: str, sources: list[s
     assert [w.id for w in fleet.split_sources] == sources
 
 
+def test_workers_are_listed_by_id_however_they_came_up() -> None:
+    fleet = Fleet()
+    for worker_id in ("p2", "p1"):
+        fleet.up(up(worker_id, Role.PREFILL))
+    for worker_id in ("d2", "d1"):
+        fleet.up(up(worker_id, Role.DECODE))
+    assert [w.id for w in fleet.workers] == ["d1", "d2", "p1", "p2"]
+    assert [w.id for w in fleet.split_sources] == ["p1", "p2"]
+    assert [w.id for w in fleet.readers(Role.PREFILL)] == ["d1", "d2"]
+
+
 def test_an_old_generation_never_comes_up_again() -> None:
     fleet = Fleet()
     fleet.up(up("p", Role.PREFILL, 3))

@@ -50,6 +50,7 @@ def test_a_split_request_goes_through_every_phase(box: Box) -> None:
     assert snapshot.requests_by_phase["handoff"] == snapshot.open_requests == 1
     assert box.on(Pulled("r", "d", 0, True)) == []
     assert box.phase() is Phase.DECODING
+    assert box.scheduler.ledger_snapshot().pulls == 0
     assert box.on(LeaseEnded(KEY), WorkerFinished("r", "d", 0, True)) == []
     assert box.phase() is None
     box.assert_zero()
@@ -168,6 +169,23 @@ def test_a_blocked_split_does_not_hold_back_a_whole_one(box: Box) -> None:
     assert box.on(Arrived("c", 20, 8, Route.WHOLE)) == [StartWhole("c", "d", 0)]
 
 
+@pytest.mark.parametrize("first", [Route.SPLIT, Route.WHOLE])
+def test_between_the_two_queues_the_earlier_arrival_starts_first(first: Route) -> None:
+    box = Box("d")
+    box.arrive("a", prompt=100)
+    second = Route.WHOLE if first is Route.SPLIT else Route.SPLIT
+    box.on(Arrived("b", 20, 8, first), Arrived("c", 20, 8, second))
+    starts = box.on(FirstToken("a", "d", 0))
+    assert starts == [StartWhole("b", "d", 0), StartWhole("c", "d", 0)]
+
+
+def test_the_first_token_of_a_split_request_does_not_end_its_prefill(box: Box) -> None:
+    box.arrive()
+    assert box.on(FirstToken("r", "p", 0)) == []
+    assert box.phase() is Phase.PREFILLING
+    assert box.prefilled() == [HAND_OFF]
+
+
 def test_queued_requests_start_in_arrival_order(box: Box) -> None:
     box.arrive("a", prompt=100)
     for request_id in "bcd":
@@ -205,6 +223,7 @@ def test_a_whole_request_does_not_overtake_a_waiting_handoff() -> None:
     box.prefilled("a", slot=1)
     box.arrive("r", prompt=40)
     box.prefilled()
+    box.arrive("s", prompt=190)  # so that `d` would be the less loaded one
     assert box.on(Arrived("w", 1, 8, Route.WHOLE)) == [StartWhole("w", "p", 0)]
 
 

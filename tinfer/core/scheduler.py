@@ -188,8 +188,6 @@ class Scheduler:
         lease = self._ledger.of_request(request.id)
         if lease is not None and lease.state is LeaseState.READING and event.refused:
             self._release(lease)
-        if event.answered:
-            self._ledger.stop_read(request.id, worker)
         self._ledger.stop_pull(request.id)
         worker.remove(request)
         self._close(request)

@@ -63,8 +63,10 @@ class Zygote:
         signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
         signal.set_wakeup_fd(self._child_write, warn_on_full_buffer=False)
         started = time.monotonic()
+        gc.disable()  # imports make millions of objects and hardly any garbage
         _import_engine(self._engine)
         gc.freeze()  # the children share these objects; collecting them would copy their pages
+        gc.enable()
         self._report(Imported(time.monotonic() - started))
         while self._serve_once():
             pass

@@ -1,0 +1,206 @@
+"""The fake engine's scheduler: vLLM's in small.
+
+First come, first served; a token budget per step; prompts in chunks; blocks as they are needed, and
+the newest running request preempted (its tokens are recomputed later) when there are none. A decode
+with a source gets all blocks of its prompt at once and stands aside until they are filled.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from tinfer.wire.messages import Source, Start
+from tinfer.worker.fake_kv import FakeKV
+from tinfer.worker.fake_model import TOKEN_BYTES, Answer
+from tinfer.worker.fake_settings import FakeLimits
+
+
+class FakeRequest:
+    """A request on its way through the engine. `source` is set until its pull is submitted or it
+    is let go of."""
+
+    __slots__ = (
+        "answer",
+        "blocks",
+        "is_aborted",
+        "is_pulling",
+        "num_computed",
+        "num_pulled",
+        "num_tokens",
+        "prompt_tokens",
+        "source",
+        "start",
+        "text_len",
+    )
+
+    def __init__(self, start: Start, answer: Answer, block_tokens: int) -> None:
+        self.start = start
+        self.answer = answer
+        self.prompt_tokens = len(start.prompt) // TOKEN_BYTES
+        self.num_tokens = self.prompt_tokens  # prompt and answer
+        self.num_computed = 0  # of these, how many have their KV here
+        self.num_pulled = 0  # of the prompt, how many the source has or had
+        if start.source is not None:
+            self.num_pulled = _num_pullable(start.source, self.prompt_tokens, block_tokens)
+        self.source = start.source if self.num_pulled else None
+        self.blocks: list[int] = []
+        self.text_len = 0
+        self.is_pulling = False
+        self.is_aborted = False
+
+
+class Scheduled(list[tuple[FakeRequest, int]]):
+    """The requests of one step, each with how many tokens it computes."""
+
+    num_prompt_tokens = 0
+    num_decoding = 0
+
+    def put(self, request: FakeRequest, num_tokens: int) -> None:
+        self.append((request, num_tokens))
+        if request.num_computed >= request.prompt_tokens:
+            self.num_decoding += 1
+        else:
+            self.num_prompt_tokens += num_tokens
+
+
+class FakeScheduler:
+    """Every request here is in exactly one of `running`, `ready` and `waiting`, or pulling."""
+
+    def __init__(self, kv: FakeKV, block_tokens: int, limits: FakeLimits) -> None:
+        self._kv = kv
+        self._block_tokens = block_tokens
+        self._limits = limits
+        self.running: list[FakeRequest] = []
+        self.waiting: deque[FakeRequest] = deque()
+        # Pulled, and not run yet. They own the blocks of their prompt, so they go first: nobody
+        # behind them could get those.
+        self.ready: deque[FakeRequest] = deque()
+        self.num_pulling = 0
+        self.num_preemptions = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.waiting) + len(self.ready) + self.num_pulling
+
+    def has_requests(self) -> bool:
+        return bool(self.running or self.num_waiting)
+
+    def schedule(self) -> tuple[Scheduled, list[tuple[FakeRequest, Source]]]:
+        """The next step's requests, and those whose pull is to start."""
+        step = Scheduled()
+        num_before = self.num_preemptions
+        budget = self._schedule_running(step)
+        if self.num_preemptions != num_before:
+            return step, []
+        budget, _ = self._admit(self.ready, step, budget)
+        return step, self._admit(self.waiting, step, budget)[1]
+
+    def _schedule_running(self, step: Scheduled) -> int:
+        budget = self._limits.max_num_batched_tokens
+        index = 0
+        while index < len(self.running) and budget:
+            request = self.running[index]
+            num_tokens = min(request.num_tokens - request.num_computed, budget)
+            if not self._grow_or_preempt(request, num_tokens):
+                break
+            step.put(request, num_tokens)
+            budget -= num_tokens
+            index += 1
+        return budget
+
+    def _admit(
+        self, queue: deque[FakeRequest], step: Scheduled, budget: int
+    ) -> tuple[int, list[tuple[FakeRequest, Source]]]:
+        """Take requests from the head of a queue until one does not fit."""
+        pulls = []
+        while queue and budget and len(self.running) < self._limits.max_num_seqs:
+            request = queue[0]
+            if request.source is not None:
+                if not self._grow(request, request.num_pulled):
+                    break
+                pulls.append((queue.popleft(), request.source))
+                request.source = None
+                request.is_pulling = True
+                self.num_pulling += 1
+                continue
+            num_tokens = min(request.num_tokens - request.num_computed, budget)
+            if not self._grow(request, request.num_computed + num_tokens):
+                break
+            self.running.append(queue.popleft())
+            step.put(request, num_tokens)
+            budget -= num_tokens
+        return budget, pulls
+
+    def pull_ended(self, request: FakeRequest, num_computed: int) -> None:
+        """A pull is over, and the KV of `num_computed` prompt tokens is here."""
+        request.is_pulling = False
+        if request.is_aborted:
+            self._give_up_blocks(request)
+            return
+        self.num_pulling -= 1
+        request.num_computed = num_computed
+        self.ready.append(request)
+
+    def remove(self, request: FakeRequest) -> None:
+        """Forget a request; blocks that a pull still writes to are freed when that ends."""
+        if request.is_pulling:
+            request.is_aborted = True
+            self.num_pulling -= 1
+            return
+        for queue in (self.running, self.ready, self.waiting):
+            if request in queue:
+                queue.remove(request)
+        self._give_up_blocks(request)
+
+    def finish(self, request: FakeRequest, keep_blocks: bool) -> None:
+        """A running request is over; kept blocks have a new owner."""
+        self.running.remove(request)
+        if not keep_blocks:
+            self._give_up_blocks(request)
+
+    def write_prompt(self, request: FakeRequest, end: int, digests: Sequence[bytes]) -> None:
+        """Write the prompt blocks that are complete once tokens up to `end` are computed."""
+        end = min(end, request.prompt_tokens)
+        is_whole = end == request.prompt_tokens
+        size = self._block_tokens
+        first, last = request.num_computed // size, -(-end // size) if is_whole else end // size
+        for index in range(first, last):
+            self._kv.write(request.blocks[index], digests[index])
+
+    def _grow_or_preempt(self, request: FakeRequest, num_tokens: int) -> bool:
+        while not self._grow(request, request.num_computed + num_tokens):
+            victim = self.running.pop()
+            self._preempt(victim)
+            if victim is request:
+                return False
+        return True
+
+    def _grow(self, request: FakeRequest, num_tokens: int) -> bool:
+        """Give a request the blocks for its first `num_tokens` tokens."""
+        missing = -(-num_tokens // self._block_tokens) - len(request.blocks)
+        if missing <= 0:
+            return True
+        blocks = self._kv.allocate(missing)
+        if blocks is None:
+            return False
+        request.blocks += blocks
+        return True
+
+    def _preempt(self, request: FakeRequest) -> None:
+        self._give_up_blocks(request)
+        request.num_computed = 0
+        self.num_preemptions += 1
+        self.waiting.appendleft(request)
+
+    def _give_up_blocks(self, request: FakeRequest) -> None:
+        self._kv.free(request.blocks)
+        request.blocks = []
+
+
+def _num_pullable(source: Source, prompt_tokens: int, block_tokens: int) -> int:
+    """How many of the prompt's tokens are worth a pull: all, or, where the source is of another
+    length, those in whole blocks, since a block's digest covers all tokens in it."""
+    if source.num_tokens == prompt_tokens:
+        return prompt_tokens
+    return min(source.num_tokens, prompt_tokens) // block_tokens * block_tokens
