@@ -28,7 +28,7 @@ class StructuredSpec(Struct, frozen=True, forbid_unknown_fields=True, omit_defau
 class SamplingSpec(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """How to sample one answer: vLLM's SamplingParams for n = 1, by the same names and meaning.
 
-    `max_tokens` is always set: the API resolves an absent one to what is left of the model's length.
+    `max_tokens` is always set: the API resolves an absent one to what the model's length leaves.
     """
 
     max_tokens: int

@@ -26,7 +26,7 @@ from tinfer.core import events
 from tinfer.core.scheduler import Scheduler
 from tinfer.core.types import Capacity, SchedulerConfig
 from tinfer.errors import NoWorker, StartError, TinferError
-from tinfer.master import model, report
+from tinfer.master import model, report, transport
 from tinfer.master.loop import Dispatcher
 from tinfer.master.placement import place
 from tinfer.master.rundir import RunDirectory
@@ -92,7 +92,7 @@ class Server:
         self._config = config
         self._listener = listener
         self.model_dir, self._names = model.resolve(config)
-        placements = place(config)
+        self._placements = placements = place(config)
         self._report = report.StartReport()
         self._run_dir = RunDirectory()
         self._link = MasterLink(self._run_dir.socket_path, self._on_message)
@@ -132,8 +132,10 @@ class Server:
 
     async def start(self) -> None:
         """Returns when requests are served. Raises `StartError`, or returns early on a signal."""
-        self._supervisor.start()
+        self._supervisor.start_imports()
         self._changed()
+        choice = await transport.choose(self._config, self._placements)
+        self._supervisor.start_workers(choice.name)
         renderer = await Renderer.load(Path(self.model_dir), self._config.chat_template)
         stopped = asyncio.create_task(self.stopped.wait())
         try:
@@ -143,9 +145,9 @@ class Server:
         if self.stopped.is_set():
             return
         self._all_ready.result()
-        await self._open_api(renderer)
+        await self._open_api(renderer, choice)
 
-    async def _open_api(self, renderer: Renderer) -> None:
+    async def _open_api(self, renderer: Renderer, choice: transport.Choice) -> None:
         infos = [slot.ready for slot in self._supervisor.slots.values() if slot.ready is not None]
         card = ModelCard(
             names=self._names,
@@ -168,7 +170,7 @@ class Server:
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         report.show(
             report.ready_block(
-                self._config, self._supervisor, url, self._names[0], self._report.elapsed_s
+                self._config, self._supervisor, choice, url, self._names[0], self._report.elapsed_s
             )
         )
 

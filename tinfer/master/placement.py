@@ -88,6 +88,7 @@ def worker_spec(
     model_dir: str,
     socket_path: str,
     log_path: str,
+    transport: str,
 ) -> WorkerSpec:
     """What the zygote needs to start this incarnation."""
     environment: dict[str, str] = {}
@@ -100,7 +101,7 @@ def worker_spec(
         model_dir=model_dir,
         socket_path=socket_path,
         log_path=log_path,
-        kv_transport="shm" if placement.device == "cpu" else config.kv_transport,
+        kv_transport=transport,
         device=placement.device,
         cpus=list(placement.cpus),
         environment=environment,

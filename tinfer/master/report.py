@@ -10,6 +10,7 @@ import click
 from tinfer import __version__
 from tinfer.config import ServeConfig
 from tinfer.master.supervisor import Life, Supervisor, WorkerSlot
+from tinfer.master.transport import Choice
 
 
 class StartReport:
@@ -42,18 +43,22 @@ class StartReport:
 
 
 def ready_block(
-    config: ServeConfig, supervisor: Supervisor, url: str, name: str, elapsed_s: float
+    config: ServeConfig,
+    supervisor: Supervisor,
+    choice: Choice,
+    url: str,
+    name: str,
+    elapsed_s: float,
 ) -> str:
     """The one block a user reads: where, what, who, how."""
     slots = [slot for slot in supervisor.slots.values() if slot.ready is not None]
     first = slots[0].ready
     assert first is not None
-    transports = sorted({slot.ready.transport for slot in slots if slot.ready})
     width = max(len(slot.placement.worker_id) for slot in slots)
     lines = [
         f"tinfer {__version__} serves {name} on {url}",
         *(_worker_line("workers" if i == 0 else "", s, width) for i, s in enumerate(slots)),
-        f"  {'hand-off':<9} {', '.join(transports)}",
+        f"  {'hand-off':<9} {choice.name} ({choice.reason})",
         f"  {'chunk':<9} {first.chunk_tokens} tokens; route {config.route}; "
         f"up to {first.max_model_len} tokens per request",
         f"  {'started':<9} in {elapsed_s:.1f} s",

@@ -91,6 +91,7 @@ class Supervisor:
         self._loop = asyncio.get_running_loop()
         self._lifeline = Lifeline()
         self._zygote: ZygoteLink | None = None
+        self._transport = ""
         self._stopping = False
         self._all_gone = asyncio.Event()
         self.import_s: float | None = None
@@ -99,9 +100,13 @@ class Supervisor:
 
     # --- starting -----------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Start the zygote and order every worker; readiness arrives through the callbacks."""
+    def start_imports(self) -> None:
+        """Start the zygote, whose imports take longest."""
         self._start_zygote()
+
+    def start_workers(self, transport: str) -> None:
+        """Order every worker; readiness arrives through the callbacks."""
+        self._transport = transport
         for slot in self.slots.values():
             self._start(slot)
 
@@ -123,6 +128,7 @@ class Supervisor:
             self._model_dir,
             self._run_dir.socket_path,
             self._run_dir.log_path(slot.placement.worker_id, self._config.log_dir),
+            self._transport,
         )
         self._zygote.fork(spec)
         self._set_timer(slot, self._config.start_timeout, self._start_too_slow)

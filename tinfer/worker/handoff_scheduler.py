@@ -28,7 +28,7 @@ from tinfer.worker.handoff_messages import ExportMetadata, HandoffMetadata, Peer
 from tinfer.worker.kv.errors import LeaseTableFull, StagingFull
 from tinfer.worker.kv.lease import DEFAULT_SLOTS, LeaseRef, LeaseTable
 from tinfer.worker.kv.puller import Pull
-from tinfer.worker.kv.source import SourceBlocks, block_source
+from tinfer.worker.kv.source import DEFAULT_STAGING_SLOTS, SourceBlocks, block_source
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -37,10 +37,6 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
-
-# Blocks that the pinned host pool can stage at once; a hand-off beyond that waits in the scheduler
-# for memory like any other, or is recomputed.
-DEFAULT_STAGING_SLOTS = 1024
 
 
 class Summary(NamedTuple):
@@ -207,7 +203,12 @@ class SchedulerSide:
         params["do_remote_prefill"] = False
         source: Source = params["source"]
         if num_external_tokens == 0:
+            # All of it is here already, or the source could not be staged and offers nothing.
             self.mark_unused(source)
+            offered_any = source.num_tokens > 0
+            reason = "" if offered_any else "the staging pool was full; the prompt is computed here"
+            external_id = _external_id(request.request_id)
+            self._notices.append(PullDone(external_id, offered_any, reason, 0, 0.0, 0.0))
             return
         offered = msgspec.msgpack.decode(source.blocks, type=SourceBlocks)
         targets = self._kv_cache_config.select_transfer_block_ids(
@@ -288,7 +289,8 @@ class SchedulerSide:
         try:
             offered = self._source.prepare(blocks)
         except StagingFull:
-            return None
+            # The reader learns that there is nothing to pull and computes the prompt itself.
+            num_tokens, offered, blocks = 0, SourceBlocks(()), []
         try:
             ref = self._leases.open_lease(
                 time.monotonic() + self._lease_ttl_s,
@@ -299,7 +301,7 @@ class SchedulerSide:
             self._source.finish(offered)
             return None
         order = self._source.order(ref, blocks, offered)
-        if order is not None:
+        if order is not None and num_tokens:
             self._next.stages.append(order)
         self._held[ref] = _Held(request.request_id, offered)
         return Source(
@@ -307,7 +309,7 @@ class SchedulerSide:
             worker_generation=self._worker_generation,
             lease=_lease_id(ref),
             num_tokens=num_tokens,
-            num_blocks=sum(map(len, blocks)),
+            num_blocks=num_blocks,
             blocks=msgspec.msgpack.encode(offered),
         )
 

@@ -55,7 +55,6 @@ class WorkerSide:
         self._transport = _transport(extra["transport"])
         self._puller: Puller | None = None
         self._export: ExportMetadata | None = None
-        self._peers: set[tuple[str, int]] = set()
         self._results: list[PullResult] = []
         self._ended: list[str] = []
         self._reported = (-1, -1)
@@ -116,10 +115,8 @@ class WorkerSide:
         """Carry out the scheduler side's orders; copies start, none is waited for."""
         puller = self._open_puller()
         for peer in orders.peers_up:
-            self._peers.add((peer.worker_id, peer.generation))
             puller.add_peer(self._peer_info(peer))
         for worker_id, generation in orders.peers_down:
-            self._peers.discard((worker_id, generation))
             puller.drop_peer(worker_id, generation)
         for worker_id, generation, lease in orders.unused:
             puller.notify_unused(worker_id, generation, lease)
@@ -155,9 +152,7 @@ class WorkerSide:
     def take_report(self) -> PullReport | None:
         """What the scheduler side should know of this step; None when nothing has changed."""
         puller = self._open_puller()
-        num_mapped = puller.num_mapped
-        # A peer that went down is unmapped once the pulls before its end are through.
-        mapped = (num_mapped, max(0, num_mapped - len(self._peers)))
+        mapped = (puller.num_mapped, puller.num_stale)
         staged = [(lease, self._rank) for lease in self._transport.staged()]
         if not self._results and not staged and mapped == self._reported:
             return None

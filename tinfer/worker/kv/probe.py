@@ -223,7 +223,20 @@ def _digest(buffer: torch.Tensor) -> str:
     return hashlib.sha256(buffer[:_CHECKED_BYTES].cpu().numpy().tobytes()).hexdigest()
 
 
-def _main(half: str) -> None:
+def _choose(requested: str, num_devices: int) -> dict[str, str]:
+    try:
+        name, reason = choose_transport(requested, "cuda", range(num_devices))
+    except TransportUnavailable as error:
+        return {"error": str(error)}
+    return {"name": name, "reason": reason}
+
+
+def _main(half: str, *arguments: str) -> None:
+    """`choose REQUESTED NUM_GPUS` is for the master; the halves are this module's own children."""
+    if half == "choose":
+        requested, num_devices = arguments
+        sys.stdout.buffer.write(msgspec.json.encode(_choose(requested, int(num_devices))))
+        return
     stdin = sys.stdin.buffer.read()
     if half == "owner":
         answer = msgspec.json.encode(_own(msgspec.json.decode(stdin, type=list[tuple[int, int]])))
@@ -234,4 +247,4 @@ def _main(half: str) -> None:
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1])
+    _main(*sys.argv[1:])
