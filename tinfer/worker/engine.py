@@ -7,6 +7,8 @@ from typing import Any, Literal, cast
 
 import numpy as np
 from msgspec import Struct
+from vllm.exceptions import VLLMClientError
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.engine.detokenizer import BaseIncrementalDetokenizer, IncrementalDetokenizer
 
@@ -97,7 +99,7 @@ class VllmEngine:
             internal_id = self._llm.add_request(
                 start.request_id, {"prompt_token_ids": prompt}, params
             )
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, VLLMClientError) as error:
             self._refuse(source)
             raise EngineRefusal(str(error), client_fault=True) from error
         except Exception as error:  # noqa: BLE001  whatever else vLLM raises is a refusal too
@@ -210,7 +212,11 @@ class VllmEngine:
         return self._scheduler.kv_cache_manager.block_pool
 
     def close(self) -> None:
-        self._llm.engine_core.shutdown()
+        """Stop the copies and unmap the peers. The process ends after this, and the kernel frees
+        the rest faster than vLLM's own shutdown, which collects garbage and tears down groups."""
+        self._scheduler.connector.shutdown()
+        if has_kv_transfer_group():
+            get_kv_transfer_group().shutdown()
         os.close(self._wake_fd)
 
 
