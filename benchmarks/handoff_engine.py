@@ -22,6 +22,7 @@ import platform
 import random
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from array import array
@@ -74,7 +75,9 @@ def make_model(folder: Path, shape: dict[str, int]) -> str:
     return str(folder)
 
 
-def run_worker(worker: Incarnation, core: int, model: str, shape: dict[str, int], sock: str) -> None:
+def run_worker(
+    worker: Incarnation, core: int, model: str, shape: dict[str, int], sock: str
+) -> None:
     """In a forked child: one engine with a fragmented pool, in the product's own loop."""
     from tinfer.worker.engine import VllmEngine
     from tinfer.worker.loop import WorkerLoop
@@ -131,7 +134,7 @@ class Pair:
         ]
         self._context = zmq.Context(1)
         self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.RCVTIMEO, 120_000)
+        self._socket.setsockopt(zmq.RCVTIMEO, 30_000)
         self._socket.bind(f"ipc://{sock}")
         ready: dict[bytes, Ready] = {}
         while len(ready) < 2:
@@ -201,7 +204,9 @@ def _fork(worker: Incarnation, core: int, model: str, shape: dict[str, int], soc
     _child(worker, core, model, shape, sock)
 
 
-def _child(worker: Incarnation, core: int, model: str, shape: dict[str, int], sock: str) -> NoReturn:
+def _child(
+    worker: Incarnation, core: int, model: str, shape: dict[str, int], sock: str
+) -> NoReturn:
     code = 1
     try:
         run_worker(worker, core, model, shape, sock)
@@ -235,7 +240,9 @@ class Memory:
         return time.perf_counter() - started
 
 
-def measure(pair: Pair, memory: Memory, page_bytes: int, tokens: int, rounds: int) -> dict[str, Any]:
+def measure(
+    pair: Pair, memory: Memory, page_bytes: int, tokens: int, rounds: int
+) -> dict[str, Any]:
     """Medians over `rounds` prompts of one length, hand-off and baselines in turns."""
     rng = random.Random(tokens)
     rows: dict[str, list[float]] = {"handoff": [], "copy": [], "one": [], "pieces": []}
@@ -245,7 +252,9 @@ def measure(pair: Pair, memory: Memory, page_bytes: int, tokens: int, rounds: in
         num_bytes = done.num_bytes
         one_s, pieces_s = memory.one_s(num_bytes), memory.pieces_s(num_bytes, page_bytes)
         if number >= 2:  # the first maps the peer and touches memory for the first time
-            for name, value in zip(rows, (done.handoff_s, done.copy_s, one_s, pieces_s), strict=True):
+            for name, value in zip(
+                rows, (done.handoff_s, done.copy_s, one_s, pieces_s), strict=True
+            ):
                 rows[name].append(value)
     result: dict[str, Any] = {"prompt_tokens": tokens, "num_bytes": num_bytes}
     for name, values in rows.items():
@@ -262,7 +271,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--json", type=argparse.FileType("w"), help="write the result here")
     arguments = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
     from tinfer.worker.preload import preload
 
     preload()
@@ -293,4 +301,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if os.environ.get("OMP_NUM_THREADS") != "1":
+        # Read by the OpenMP runtime when torch was imported above; a worker has one thread.
+        os.execve(
+            sys.executable, [sys.executable, *sys.argv], os.environ | {"OMP_NUM_THREADS": "1"}
+        )
     main()

@@ -28,7 +28,23 @@ class _LazyGroup(click.Group):
             formatter.write_dl(list(_COMMANDS.items()))
 
 
+def _show_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    """The package's own word, since a checkout has no installed metadata to ask."""
+    if value:
+        from tinfer import __version__
+
+        click.echo(f"tinfer, version {__version__}")
+        ctx.exit()
+
+
 @click.command(cls=_LazyGroup)
-@click.version_option(package_name="tinfer", prog_name="tinfer")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_version,
+    help="Show the version and exit.",
+)
 def main(**_: Any) -> None:
     """One command turns one box into a disaggregated LLM server."""

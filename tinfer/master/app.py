@@ -40,6 +40,10 @@ log = logging.getLogger(__name__)
 _PR_SET_CHILD_SUBREAPER = 36
 # How often a drain looks whether the last request has ended.
 _DRAIN_POLL_S = 0.02
+# Connections that may wait to be accepted; the kernel cuts it to net.core.somaxconn.
+_BACKLOG = 4096
+# What a stop that may not wait still leaves the answers: enough for an error event each.
+_LAST_WORDS_S = 1.0
 
 
 def run(config: ServeConfig) -> int:
@@ -66,9 +70,13 @@ def _bind(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error}"
-        raise StartError(f"address {host}:{port} {why}") from error
+        raise _address_error(host, port, error) from error
     return listener
+
+
+def _address_error(host: str, port: int, error: OSError) -> StartError:
+    why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error}"
+    return StartError(f"address {host}:{port} {why}")
 
 
 async def _serve(config: ServeConfig, listener: socket.socket) -> int:
@@ -127,6 +135,7 @@ class Server:
         self._runner: web.AppRunner | None = None
         self.stopped = asyncio.Event()
         self._stop_now = asyncio.Event()
+        self._stop_deadline_s = 0.0
 
     # --- start --------------------------------------------------------------------------------
 
@@ -164,9 +173,14 @@ class Server:
         )
         self._runner = create_runner(create_app(self._service, renderer, options))
         await self._runner.setup()
-        await web.SockSite(self._runner, self._listener).start()
-        self._service.mood = Mood.SERVING
         host, port = self._listener.getsockname()[:2]
+        try:
+            # By ourselves, since uvloop would drop the error and serve nobody.
+            self._listener.listen(_BACKLOG)
+        except OSError as error:  # another server bound the port as we did, and listened first
+            raise _address_error(host, port, error) from error
+        await web.SockSite(self._runner, self._listener, backlog=_BACKLOG).start()
+        self._service.mood = Mood.SERVING
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         report.show(
             report.ready_block(
@@ -182,7 +196,8 @@ class Server:
 
     def _on_message(self, sender: Incarnation, message: wire.ToMaster) -> None:
         if isinstance(message, wire.Ready):
-            self._supervisor.worker_ready(sender, message)
+            if not self._supervisor.worker_ready(sender, message):
+                self._link.send(sender, wire.Stop())  # nobody waits for it any more
             return
         if isinstance(message, wire.CannotStart | wire.Fault):
             self._supervisor.worker_failed(sender, message.reason)
@@ -226,7 +241,7 @@ class Server:
         self._dispatcher.worker_event(events.WorkerGone(slot.placement.worker_id))
         if not self._all_ready.done():
             tail = self._supervisor.log_tail(slot)
-            if tail:
+            if tail and not slot.has_said_why:
                 log.warning("end of the log of worker %s:\n%s", slot.placement.worker_id, tail)
             self._all_ready.set_exception(self._supervisor.cannot_start(slot))
 
@@ -243,9 +258,9 @@ class Server:
         if self._service is None:
             return
         self._service.mood = Mood.DRAINING
-        deadline_s = time.monotonic() + self._config.shutdown_timeout
+        self._stop_deadline_s = time.monotonic() + self._config.shutdown_timeout
         while self._dispatcher.num_live and not self._stop_now.is_set():
-            if time.monotonic() > deadline_s:
+            if time.monotonic() > self._stop_deadline_s:
                 log.warning("%d requests cut off by the stop", self._dispatcher.num_live)
                 break
             await asyncio.sleep(_DRAIN_POLL_S)
@@ -255,10 +270,26 @@ class Server:
         error: TinferError = NoWorker("the server is stopping")
         self._dispatcher.fail_all(error)
         if self._runner is not None:
-            await self._runner.cleanup()
+            await self._end_answers(self._runner)
         if self._stop_now.is_set():
             self._supervisor.kill_all()
         await self._supervisor.stop(lambda worker: self._link.send(worker, wire.Stop()))
         self._link.close()
+        self._run_dir.remove()
         if self._all_ready.done() and not self._all_ready.cancelled():
             self._all_ready.exception()  # seen, also where nobody awaited it
+
+    async def _end_answers(self, runner: web.AppRunner) -> None:
+        """Let the handlers write what their streams still hold. A client that does not read can
+        delay this until the deadline of the stop, and no longer than a moment after the second
+        signal."""
+        cleanup = asyncio.create_task(runner.cleanup())
+        hurry = asyncio.create_task(self._stop_now.wait())
+        left_s = max(0.0, self._stop_deadline_s - time.monotonic())
+        await asyncio.wait({cleanup, hurry}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({cleanup}, timeout=_LAST_WORDS_S)
+        hurry.cancel()
+        cleanup.cancel()
+        (outcome, _) = await asyncio.gather(cleanup, hurry, return_exceptions=True)
+        if isinstance(outcome, Exception):
+            log.error("the API did not end well", exc_info=outcome)

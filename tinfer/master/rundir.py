@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -13,7 +14,11 @@ MAX_SOCKET_PATH_BYTES = 100
 
 
 class RunDirectory:
-    """A fresh directory, mode 0700, with an unguessable name. The zygote removes it at the end."""
+    """A fresh directory, mode 0700, with an unguessable name.
+
+    The zygote removes it at the end, so that it goes even if the master is killed; the master
+    removes it where no zygote could.
+    """
 
     def __init__(self) -> None:
         base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
@@ -27,6 +32,10 @@ class RunDirectory:
         if len(self.socket_path.encode()) > MAX_SOCKET_PATH_BYTES:
             self.path.rmdir()
             raise StartError(f"socket path is too long, set XDG_RUNTIME_DIR: {self.socket_path}")
+
+    def remove(self) -> None:
+        """Idempotent."""
+        shutil.rmtree(self.path, ignore_errors=True)
 
     def log_path(self, worker_id: str, log_dir: str | None) -> str:
         """Where a worker writes; `log_dir` outlives the server, the run directory does not."""

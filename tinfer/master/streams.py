@@ -89,8 +89,10 @@ def _merge(pending: Delta, new: Delta) -> None:
     """Add `new` to `pending` in place: a stalled reader must not make every step copy the past."""
     pending.text += new.text
     pending.token_ids.extend(new.token_ids)
-    if new.logprobs is not None:
-        pending.logprobs = [*(pending.logprobs or ()), *new.logprobs]
+    if pending.logprobs is None:
+        pending.logprobs = new.logprobs
+    elif new.logprobs is not None:
+        pending.logprobs.extend(new.logprobs)
     pending.prompt_logprobs = pending.prompt_logprobs or new.prompt_logprobs
     pending.finish_reason = new.finish_reason
     pending.stop_reason = new.stop_reason

@@ -55,6 +55,7 @@ class WorkerSlot:
         self.num_failures = 0
         self.num_restarts = 0
         self.reason = ""
+        self.has_said_why = False  # the reason is the worker's own word, not just how it ended
         self.pidfd = -1
         self.timer: asyncio.TimerHandle | None = None
 
@@ -92,6 +93,8 @@ class Supervisor:
         self._lifeline = Lifeline()
         self._zygote: ZygoteLink | None = None
         self._transport = ""
+        self._num_zygote_failures = 0
+        self._zygote_timer: asyncio.TimerHandle | None = None
         self._stopping = False
         self._all_gone = asyncio.Event()
         self.import_s: float | None = None
@@ -108,7 +111,8 @@ class Supervisor:
         """Order every worker; readiness arrives through the callbacks."""
         self._transport = transport
         for slot in self.slots.values():
-            self._start(slot)
+            if slot.life is not Life.GIVEN_UP:
+                self._start(slot)
 
     def _start_zygote(self) -> None:
         self._zygote = ZygoteLink(
@@ -116,10 +120,11 @@ class Supervisor:
         )
 
     def _start(self, slot: WorkerSlot) -> None:
-        if self._stopping or self._zygote is None:
+        if self._stopping:
             return
         slot.generation += 1
         slot.life = Life.STARTING
+        slot.reason, slot.has_said_why = "", False
         slot.pid = None
         spec = worker_spec(
             self._config,
@@ -130,13 +135,17 @@ class Supervisor:
             self._run_dir.log_path(slot.placement.worker_id, self._config.log_dir),
             self._transport,
         )
-        self._zygote.fork(spec)
+        if self._zygote is not None:  # else the next one gets the order
+            self._zygote.fork(spec)
         self._set_timer(slot, self._config.start_timeout, self._start_too_slow)
         self._on_change()
 
     def _start_too_slow(self, slot: WorkerSlot) -> None:
         slot.reason = f"not ready after {self._config.start_timeout:g} s"
-        self._kill(slot)
+        if slot.pidfd >= 0:
+            self._kill(slot)
+        else:
+            self._died(slot)  # the import process has not come to it
 
     def _set_timer(
         self, slot: WorkerSlot, delay_s: float, call: Callable[[WorkerSlot], None]
@@ -151,6 +160,7 @@ class Supervisor:
         match message:
             case Imported(seconds):
                 self.import_s = seconds
+                self._num_zygote_failures = 0
             case Forked(worker_id, generation, pid, forked, note):
                 if not forked:
                     self.notes.add(f"workers are spawned, not forked: {note}")
@@ -162,12 +172,19 @@ class Supervisor:
         self._on_change()
 
     def _forked(self, slot: WorkerSlot, generation: int, pid: int) -> None:
-        if generation != slot.generation:
-            return
-        slot.pid = pid
         try:
-            slot.pidfd = os.pidfd_open(pid)
+            pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
+            pidfd = -1
+        # `Ready` comes by another way and may have been first.
+        wanted = slot.life in (Life.STARTING, Life.READY)
+        if generation != slot.generation or not wanted:
+            if pidfd >= 0:  # it was given up while its order waited
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                os.close(pidfd)
+            return
+        slot.pid, slot.pidfd = pid, pidfd
+        if pidfd < 0:
             self._died(slot)
             return
         self._loop.add_reader(slot.pidfd, self._died, slot)
@@ -178,23 +195,37 @@ class Supervisor:
                 slot.reason = _exit_reason(status)
 
     def _zygote_gone(self) -> None:
-        """Workers are unharmed: the master becomes their parent (it is a subreaper)."""
+        """Workers are unharmed: the master becomes their parent (it is a subreaper). A zygote that
+        cannot even do its first imports is not tried again."""
         if self._stopping or self._zygote is None:
             return
-        status = self._zygote.reap()
-        log.warning("the import process ended (%s); starting another", _exit_reason(status))
+        reason = f"the import process ended: {_exit_reason(self._zygote.reap())}"
+        log.warning("%s", reason)
+        if self.import_s is None and (last := self._zygote.last_line()):
+            reason = f"{reason}; {last}"
+        self._zygote = None
+        if self.import_s is None:
+            for slot in self.slots.values():
+                slot.reason = reason
+                self._give_up(slot)
+            return
+        self._num_zygote_failures += 1
+        delay_s = _backoff_s(self._num_zygote_failures)
+        self._zygote_timer = self._loop.call_later(delay_s, self._restart_zygote)
+
+    def _restart_zygote(self) -> None:
         self._start_zygote()
         for slot in self.slots.values():
             if slot.life is Life.STARTING and slot.pid is None:
-                slot.generation -= 1  # the order was lost with the zygote
-                self._start(slot)
+                self._start(slot)  # its order was lost
 
     # --- what the workers say -----------------------------------------------------------------
 
-    def worker_ready(self, sender: Incarnation, ready: Ready) -> None:
+    def worker_ready(self, sender: Incarnation, ready: Ready) -> bool:
+        """False for an incarnation that is no longer wanted."""
         slot = self.slots.get(sender.worker_id)
         if slot is None or slot.incarnation != sender or slot.life is not Life.STARTING:
-            return
+            return False
         if slot.timer is not None:
             slot.timer.cancel()
         slot.life = Life.READY
@@ -203,12 +234,13 @@ class Supervisor:
         slot.reason = ""
         self._on_up(slot)
         self._on_change()
+        return True
 
     def worker_failed(self, sender: Incarnation, reason: str) -> None:
         """`CannotStart` or `Fault`; the exit that ends the incarnation follows."""
         slot = self.slots.get(sender.worker_id)
         if slot is not None and slot.incarnation == sender:
-            slot.reason = reason
+            slot.reason, slot.has_said_why = reason, True
 
     # --- deaths -------------------------------------------------------------------------------
 
@@ -236,14 +268,22 @@ class Supervisor:
         if self._stopping or slot.generation != generation or slot.life is not Life.DEAD:
             return
         never_served = slot.num_restarts == 0 and slot.ready is None
-        log.error("worker %s died: %s", slot.placement.worker_id, slot.reason or "no reason known")
+        # A worker that never served ends the start, and its reason is what the user is told then.
+        level = logging.INFO if never_served else logging.ERROR
+        reason = slot.reason or "no reason known"
+        log.log(level, "worker %s died: %s", slot.placement.worker_id, reason)
         if never_served or slot.num_failures > self._config.max_worker_restarts:
-            slot.life = Life.GIVEN_UP
-            self._on_given_up(slot)
+            self._give_up(slot)
         else:
             slot.num_restarts += 1
-            delay_s = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (slot.num_failures - 1))
-            self._set_timer(slot, delay_s, self._start)
+            self._set_timer(slot, _backoff_s(slot.num_failures), self._start)
+            self._on_change()
+
+    def _give_up(self, slot: WorkerSlot) -> None:
+        if slot.timer is not None:
+            slot.timer.cancel()
+        slot.life = Life.GIVEN_UP
+        self._on_given_up(slot)
         self._on_change()
 
     def _reap_orphan(self, slot: WorkerSlot) -> None:
@@ -267,6 +307,8 @@ class Supervisor:
         """End all processes: `ask` each ready worker to leave, kill what stays, then the zygote,
         which removes the run directory. Idempotent enough to be called after a failed start."""
         self._stopping = True
+        if self._zygote_timer is not None:
+            self._zygote_timer.cancel()
         for slot in self.slots.values():
             if slot.timer is not None:
                 slot.timer.cancel()
@@ -305,6 +347,11 @@ class Supervisor:
             f"worker {slot.placement.worker_id} ({slot.placement.label}) cannot start: "
             f"{slot.reason or 'it died without a word'}"
         )
+
+
+def _backoff_s(num_failures: int) -> float:
+    """How long to wait after that many failures in a row."""
+    return float(min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (num_failures - 1)))
 
 
 def _exit_reason(status: int) -> str:

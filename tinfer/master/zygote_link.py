@@ -54,9 +54,9 @@ class ZygoteLink:
         self._frames = FrameReader()
         self._loop = asyncio.get_running_loop()
         self._socket, child = socket.socketpair()
-        log_path = Path(config.log_dir) if config.log_dir else run_dir
+        self._log_path = (Path(config.log_dir) if config.log_dir else run_dir) / "zygote.log"
         try:
-            with (log_path / "zygote.log").open("ab") as log_file:
+            with self._log_path.open("ab") as log_file:
                 self._process = subprocess.Popen(
                     _command(config, run_dir, child.fileno(), lifeline.read_fd),
                     pass_fds=[child.fileno(), lifeline.read_fd],
@@ -117,6 +117,14 @@ class ZygoteLink:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._process.pid, signal.SIGKILL)
             await asyncio.to_thread(self._process.wait)
+
+    def last_line(self) -> str:
+        """The end of its log, which after an error says what it was."""
+        try:
+            lines = self._log_path.read_text(errors="replace").strip().splitlines()
+        except OSError:
+            return ""
+        return lines[-1] if lines else ""
 
     def reap(self) -> int:
         """Wait for a process that has already closed its socket; returns its exit status."""

@@ -87,8 +87,9 @@ class FrameReader:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[Control]:
-        """Messages completed by `data`. Raises `ValueError` for a frame over the limit and
-        `msgspec.DecodeError` for one that is not a `Control`."""
+        """Messages completed by `data`. Raises `ValueError` for a frame over the limit, after which
+        nothing more can be read, and `msgspec.DecodeError` for one that is not a `Control`, which
+        is dropped."""
         self._buffer += data
         messages: list[Control] = []
         while len(self._buffer) >= _LENGTH.size:
@@ -98,9 +99,17 @@ class FrameReader:
             end = _LENGTH.size + length
             if len(self._buffer) < end:
                 break
-            messages.append(_DECODER.decode(bytes(self._buffer[_LENGTH.size : end])))
+            body = bytes(self._buffer[_LENGTH.size : end])
             del self._buffer[:end]
+            messages.append(_decode(body))
         return messages
+
+
+def _decode(body: bytes) -> Control:
+    try:
+        return _DECODER.decode(body)
+    except UnicodeDecodeError as error:  # msgspec lets this one through
+        raise msgspec.DecodeError(str(error)) from error
 
 
 def send(sock: socket.socket, message: Control) -> None:

@@ -36,9 +36,10 @@ class Incarnation(NamedTuple):
 def incarnation_of(identity: bytes) -> Incarnation:
     """The inverse of `Incarnation.identity`. Raises `ValueError` for anything else."""
     worker_id, _, generation = identity.decode().rpartition(".")
-    if not worker_id:
-        raise ValueError("identity without a worker")
-    return Incarnation(worker_id, int(generation))
+    incarnation = Incarnation(worker_id, int(generation))
+    if not worker_id or incarnation.identity != identity:  # int() also takes " 1", "+1" and "1_0"
+        raise ValueError(f"{identity!r} is no incarnation's identity")
+    return incarnation
 
 
 class MasterLink:
@@ -78,16 +79,18 @@ class MasterLink:
     def _drain(self) -> None:
         if self._closed:
             return
-        with contextlib.suppress(zmq.Again):
-            for _ in range(_BATCH):
-                identity, data = self._socket.recv_multipart(zmq.NOBLOCK)
-                self._receive(identity, data)
-                if self._closed:
-                    return
-        self._look_again()
-
-    def _receive(self, identity: bytes, data: bytes) -> None:
         try:
+            with contextlib.suppress(zmq.Again):
+                for _ in range(_BATCH):
+                    self._receive(self._socket.recv_multipart(zmq.NOBLOCK))
+                    if self._closed:
+                        return
+        finally:  # an error of the receiver must not leave the rest unread until the next edge
+            self._look_again()
+
+    def _receive(self, frames: list[bytes]) -> None:
+        try:
+            identity, data = frames
             sender, message = incarnation_of(identity), decode_to_master(data)
         except (ValueError, msgspec.DecodeError):
             log.exception("message that is not for the master")

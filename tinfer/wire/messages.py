@@ -7,7 +7,7 @@ descriptors (`Export`, `Geometry`) belong to `worker/kv`; the master passes them
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -248,6 +248,8 @@ ToMaster = (
     | Fault
 )
 
+Message = TypeVar("Message")
+
 _ENCODER = msgspec.msgpack.Encoder()
 _TO_WORKER: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
 _TO_MASTER: msgspec.msgpack.Decoder[ToMaster] = msgspec.msgpack.Decoder(ToMaster)
@@ -260,9 +262,16 @@ def encode(message: Struct) -> bytes:
 
 def decode_to_worker(data: Any) -> ToWorker:
     """A message for a worker. Raises `msgspec.DecodeError` for anything else."""
-    return _TO_WORKER.decode(data)
+    return _decode(_TO_WORKER, data)
 
 
 def decode_to_master(data: Any) -> ToMaster:
     """A message for the master. Raises `msgspec.DecodeError` for anything else."""
-    return _TO_MASTER.decode(data)
+    return _decode(_TO_MASTER, data)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[Message], data: Any) -> Message:
+    try:
+        return decoder.decode(data)
+    except UnicodeDecodeError as error:  # msgspec lets this one through
+        raise msgspec.DecodeError(str(error)) from error

@@ -7,8 +7,8 @@ from typing import Any, Literal, cast
 
 import numpy as np
 from msgspec import Struct
-from vllm.exceptions import VLLMClientError
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+from vllm.exceptions import VLLMClientError
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.engine.detokenizer import BaseIncrementalDetokenizer, IncrementalDetokenizer
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import gc
 import os
 import select
@@ -37,9 +38,10 @@ from tinfer.wire.control import (
     send,
 )
 
-# How long workers have to leave by themselves once the master is gone; they notice within
-# milliseconds, and only a worker stuck in a system call or a kernel needs the kill.
-ORPHAN_GRACE_S = 2.0
+# How long workers have to leave by themselves once the master is gone. They notice within
+# milliseconds and then just exit, so the kill takes nothing from those that are late: a worker that
+# still builds its engine, or is stuck in a system call or a kernel.
+ORPHAN_GRACE_S = 0.5
 _RECV_BYTES = 1 << 16
 
 
@@ -63,8 +65,10 @@ class Zygote:
         signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
         signal.set_wakeup_fd(self._child_write, warn_on_full_buffer=False)
         started = time.monotonic()
+        self._let_lifeline_interrupt()
         gc.disable()  # imports make millions of objects and hardly any garbage
         _import_engine(self._engine)
+        signal.signal(signal.SIGIO, signal.SIG_IGN)  # from here on the loop watches the lifeline
         gc.freeze()  # the children share these objects; collecting them would copy their pages
         gc.enable()
         self._report(Imported(time.monotonic() - started))
@@ -72,6 +76,20 @@ class Zygote:
             pass
         self._end_children()
         shutil.rmtree(self._run_dir, ignore_errors=True)
+
+    def _let_lifeline_interrupt(self) -> None:
+        """The imports take seconds in which nothing can select: a master that dies or gives up
+        meanwhile ends this process by a signal from the pipe."""
+        signal.signal(signal.SIGIO, lambda _number, _frame: self._abandon())
+        fcntl.fcntl(self._lifeline, fcntl.F_SETOWN, os.getpid())
+        flags = fcntl.fcntl(self._lifeline, fcntl.F_GETFL)
+        fcntl.fcntl(self._lifeline, fcntl.F_SETFL, flags | os.O_ASYNC)
+        if select.select([self._lifeline], [], [], 0)[0]:
+            self._abandon()
+
+    def _abandon(self) -> None:
+        shutil.rmtree(self._run_dir, ignore_errors=True)
+        os._exit(0)
 
     def _serve_once(self) -> bool:
         watched: list[Any] = [self._control, self._lifeline, self._child_read]

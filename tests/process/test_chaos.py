@@ -1,0 +1,143 @@
+"""Workers die at random moments of every phase; no request is answered twice, wrong or never."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.process.box import Server, running, until
+from tests.process.chaos import Chaos
+from tests.process.load import completion, random_prompt, random_request
+
+# Everything takes long enough to die in: the start, a prefill chunk, a pull, a decode step.
+SLOW = {
+    "num_blocks": 128,
+    "block_tokens": 8,
+    "start_s": 0.05,
+    "step_s": 0.002,
+    "prefill_token_s": 0.00005,
+    "pull_block_s": 0.0005,
+    "jitter": 0.5,
+    "mean_output_tokens": 30,
+    "fail_pull_rate": 0.05,
+}
+OPTIONS = {
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 48,
+    "lease_ttl": 0.1,
+    "max_worker_restarts": 1000,
+}
+# The restart's back-off doubles with each death, so few deaths of many workers take least time.
+NUM_KILLS = 18
+FULL_ROUNDS = 12
+
+
+def num_children(server: Server) -> int:
+    """Processes below the master, those that nobody has waited for included."""
+    return len(server.master.children(recursive=True))
+
+
+async def storm(server: Server, seed: int, num_kills: int) -> Chaos:
+    """One storm, and what has to be true when it is over."""
+    num_descriptors = await server.num_descriptors()
+    chaos = Chaos(server, seed)
+    await chaos.run(num_kills)
+    workers = (await server.workers()).values()
+    for worker in workers:
+        await server.until_worker(worker["id"], "ready", 1 + chaos.kills[worker["id"]])
+    await server.idle(num_finished=chaos.tally.num_submitted)
+    assert all(worker["scheduled"]["num_seqs"] == 0 for worker in workers if worker["scheduled"])
+    await server.num_descriptors(expected=num_descriptors)
+
+    async def look() -> int:
+        return num_children(server)
+
+    await until(look, lambda number: number == 1 + len(workers))
+    rng = random.Random(seed)
+    after = [random_request(rng, 100, server.settings) for _ in range(40)]
+    for request in await server.answer(*after):
+        request.check_answered(server.settings)
+    await server.idle()
+    return chaos
+
+
+async def test_no_request_is_lost_without_a_reason(tmp_path: Path) -> None:
+    with running(tmp_path, SLOW, prefill=3, decode=3, **OPTIONS) as server:
+        chaos = await storm(server, seed=1, num_kills=NUM_KILLS)
+        tally = chaos.tally
+        assert tally.num_answered > NUM_KILLS
+        assert tally.num_cancelled > 0
+        assert tally.num_lost_midway > 0
+        server.stop()
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seed", range(100, 100 + FULL_ROUNDS))
+async def test_no_request_is_lost_in_many_storms(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    shape = {"prefill": rng.randint(1, 4), "decode": rng.randint(1, 4)}
+    options = {**OPTIONS, "route": rng.choice(["split", "split", "whole"])}
+    with running(tmp_path, SLOW, **shape, **options) as server:
+        await storm(server, seed, num_kills=max(18, 4 * sum(shape.values())))
+        server.stop()
+
+
+async def test_the_import_process_dies_under_load(tmp_path: Path) -> None:
+    """No worker and no request is hurt; workers that die afterwards still come back."""
+    with running(tmp_path, SLOW, prefill=1, decode=1, **OPTIONS) as server:
+        rng = random.Random(3)
+        requests = [
+            completion(random_prompt(rng, 60), max_tokens=60, ignore_eos=True) for _ in range(20)
+        ]
+        answers = asyncio.create_task(server.answer(*requests))
+        await server.until(lambda state: state["requests_by_phase"]["decoding"] > 0)
+        (zygote,) = [p for p in server.master.children() if "tinfer.worker" in p.cmdline()]
+        zygote.kill()
+        for request in await answers:
+            request.check_answered(server.settings)
+        for worker_id in ("prefill-0", "decode-0"):
+            await server.signal(worker_id, signal.SIGKILL)
+            await server.until_worker(worker_id, "ready", generation=2)
+        request = completion([1, 2, 3])
+        await server.answer(request)
+        request.check_answered(server.settings)
+        await server.idle(num_finished=21)
+        server.stop()
+
+
+async def test_a_worker_that_is_stopped_and_then_killed(tmp_path: Path) -> None:
+    """While it stands nothing is lost and nobody else waits; its death ends what it had."""
+    with running(tmp_path, SLOW, prefill=1, decode=2, **OPTIONS) as server:
+        pids = {name: worker["pid"] for name, worker in (await server.workers()).items()}
+        os.kill(pids["decode-0"], signal.SIGSTOP)
+        requests = [completion([n + 1] * 20, max_tokens=30, ignore_eos=True) for n in range(12)]
+        answers = asyncio.create_task(server.answer(*requests))
+        await server.until(
+            lambda state: (
+                state["num_finished"] > 0
+                and state["requests_by_phase"]["handoff"] + state["num_finished"] == len(requests)
+                and state["workers"][2]["scheduled"]["num_seqs"] == 0
+            )
+        )
+        assert psutil.pid_exists(pids["decode-0"])
+        os.kill(pids["decode-0"], signal.SIGKILL)
+        await answers
+        lost = [request for request in requests if request.error is not None]
+        assert 0 < len(lost) < len(requests)
+        for request in lost:
+            assert request.error is not None
+            assert request.error["message"] == "worker decode-0 died before the request finished"
+            assert len(request.choices[0].token_ids) == 1, "the first token was there before"
+            request.check_so_far(server.settings)
+        for request in requests:
+            if request.error is None:
+                request.check_answered(server.settings)
+        await server.until_worker("decode-0", "ready", generation=2)
+        await server.idle(num_finished=len(requests))

@@ -1,0 +1,202 @@
+"""The command line: every option reaches the configuration, mistakes end with code 2 and a reason,
+and help is there without loading what only serving needs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import pytest
+from click.testing import CliRunner, Result
+
+import tinfer
+import tinfer.master.app
+from tinfer.cli import main
+from tinfer.config import ServeConfig
+from tinfer.errors import StartError
+
+ROOT = Path(__file__).resolve().parents[2]
+FIELDS = {field.name: field for field in msgspec.structs.fields(ServeConfig)}
+# What the options' types cannot say: a value within the bounds that is not the default.
+VALUES: dict[str, Any] = {
+    "port": 81,
+    "gpu_memory_utilization": 0.5,
+    "fake_engine": {"step_s": 0.5, "num_blocks": 8.0},
+    "served_model_name": ("a", "b/c"),
+}
+
+
+class Ran:
+    """What the command handed to the master, instead of running it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.configs: list[ServeConfig] = []
+        self.error: Exception | None = None
+        self.code = 0
+        monkeypatch.setattr(tinfer.master.app, "run", self._run)
+
+    def _run(self, config: ServeConfig) -> int:
+        self.configs.append(config)
+        if self.error is not None:
+            raise self.error
+        return self.code
+
+    def serve(self, *arguments: str) -> Result:
+        return CliRunner().invoke(main, ["serve", *arguments])
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
+    return Ran(monkeypatch)
+
+
+def other_value(name: str) -> Any:
+    """A value that is not the option's default."""
+    if name in VALUES:
+        return VALUES[name]
+    default = FIELDS[name].default
+    hint = typing.get_type_hints(ServeConfig)[name]
+    if typing.get_origin(hint) is Literal:
+        return typing.get_args(hint)[-1]
+    if hint is bool:
+        return not default
+    if hint is float:
+        return default + 1.5
+    return default + 1 if hint is int else 12 if int in typing.get_args(hint) else "/some/text"
+
+
+def flags_of(name: str, value: Any) -> list[str]:
+    flag = "--" + name.replace("_", "-")
+    if name == "model":
+        return [value]
+    if isinstance(value, bool):
+        return [flag if value else "--no-" + flag[2:]]
+    if isinstance(value, tuple):
+        return [word for item in value for word in (flag, item)]
+    if isinstance(value, dict):
+        return [word for key, number in value.items() for word in (flag, f"{key}={number}")]
+    return [flag, str(value)]
+
+
+def test_no_flag_is_the_default_configuration(ran: Ran) -> None:
+    assert ran.serve().exit_code == 0
+    assert ran.configs == [ServeConfig()]
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_option_reaches_the_configuration(ran: Ran, name: str) -> None:
+    value = other_value(name)
+    result = ran.serve(*flags_of(name, value))
+    assert result.exit_code == 0, result.output
+    default = getattr(ServeConfig(), name)
+    if name in ("prefill_policy", "decode_policy", "admission"):  # one choice each so far
+        assert value == default
+    else:
+        assert value != default
+    assert ran.configs == [msgspec.structs.replace(ServeConfig(), **{name: value})]
+
+
+def test_all_options_at_once(ran: Ran) -> None:
+    values = {name: other_value(name) for name in FIELDS}
+    result = ran.serve(*(word for name, value in values.items() for word in flags_of(name, value)))
+    assert result.exit_code == 0, result.output
+    assert ran.configs == [ServeConfig(**values)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--port", "65536"], "--port"),
+        (["--port", "x"], "--port"),
+        (["--prefill", "-1"], "--prefill"),
+        (["--gpu-memory-utilization", "0"], "--gpu-memory-utilization"),
+        (["--max-model-len", "0"], "--max-model-len"),
+        (["--start-timeout", "0"], "--start-timeout"),
+        (["--shutdown-timeout", "nan"], "shutdown_timeout"),
+        (["--route", "both"], "--route"),
+        (["--fake-engine", "step_s"], "--fake-engine"),
+        (["--fake-engine", "=1"], "--fake-engine"),
+        (["--fake-engine", "step_s=fast"], "--fake-engine"),
+        (["--no-such-option"], "--no-such-option"),
+        (["a", "b"], "b"),
+        (["--prefill", "0", "--decode", "0"], "--prefill and --decode"),
+        (["--route", "split", "--decode", "0"], "--route split"),
+    ],
+)
+def test_a_mistake_ends_with_code_2_and_one_line_that_names_it(
+    ran: Ran, arguments: list[str], words: str
+) -> None:
+    result = ran.serve(*arguments)
+    assert result.exit_code == 2
+    assert ran.configs == []
+    *usage, line = result.stderr.splitlines()
+    assert words in line
+    assert line.startswith(("Error: ", "tinfer: "))
+    assert all(text.startswith(("Usage: ", "Try ")) or not text for text in usage)
+    assert result.stdout == ""
+
+
+def test_a_start_that_fails_is_one_line(ran: Ran) -> None:
+    ran.error = StartError("the port is in use")
+    result = ran.serve()
+    assert (result.exit_code, result.stderr) == (2, "tinfer: the port is in use\n")
+
+
+def test_the_masters_exit_code_is_the_commands(ran: Ran) -> None:
+    ran.code = 7
+    assert ran.serve().exit_code == 7
+
+
+def test_help_shows_every_option_with_its_meaning_and_default() -> None:
+    result = CliRunner().invoke(main, ["serve", "--help"], terminal_width=400)
+    assert result.exit_code == 0
+    for name in FIELDS.keys() - {"model"}:
+        assert f"--{name.replace('_', '-')}" in result.output
+    assert "Data type of weights and activations.  [default: auto]" in result.output
+    assert "[default: 8000; 0<=x<=65535]" in result.output
+
+
+def test_help_lists_the_commands() -> None:
+    result = CliRunner().invoke(main, ["--help"])
+    assert result.exit_code == 0
+    assert "serve" in result.output
+    assert CliRunner().invoke(main, ["no-such-command"]).exit_code == 2
+
+
+def test_the_version() -> None:
+    result = CliRunner().invoke(main, ["--version"])
+    assert result.output == f"tinfer, version {tinfer.__version__}\n"
+
+
+HEAVY = ("torch", "vllm", "aiohttp", "transformers", "uvloop", "zmq", "numpy", "tinfer.master.app")
+SCRIPT = f"""
+import sys
+from tinfer.cli import main
+try:
+    main(sys.argv[1:], prog_name="tinfer")
+except SystemExit as end:
+    code = end.code
+sys.stderr.write(" ".join(name for name in {HEAVY!r} if name in sys.modules))
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["serve", "--port", "x"]])
+def test_help_and_mistakes_load_nothing_heavy(arguments: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "--help" in arguments:
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith("Usage: tinfer")
+    else:
+        assert done.returncode == 2
+        assert done.stderr.endswith("is not a valid integer range.\n")

@@ -1,0 +1,113 @@
+"""The supervisor where the reports of the import process and of a worker race each other."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+
+import pytest
+
+from tests.wire.samples import TO_MASTER
+from tinfer.config import load
+from tinfer.master import supervisor as module
+from tinfer.master.placement import place
+from tinfer.master.rundir import RunDirectory
+from tinfer.master.supervisor import Life, Supervisor, WorkerSlot
+from tinfer.wire.control import Forked, WorkerSpec
+from tinfer.wire.links import Incarnation
+from tinfer.wire.messages import Ready
+
+(READY,) = [message for message in TO_MASTER if isinstance(message, Ready)]
+FIRST = Incarnation("prefill-0", 1)
+
+
+class Orders:
+    """Stands in for the import process."""
+
+    def __init__(self, *_: object) -> None:
+        self.specs: list[WorkerSpec] = []
+
+    def fork(self, spec: WorkerSpec) -> None:
+        self.specs.append(spec)
+
+    async def close(self, _timeout_s: float) -> None:
+        return
+
+
+class Fleet:
+    """A supervisor of one worker, whose process is a sleeping one."""
+
+    def __init__(self) -> None:
+        config = load({"engine": "fake", "prefill": 1, "decode": 0})
+        self.run_dir = RunDirectory()
+        self.up: list[Incarnation] = []
+        self.down: list[Incarnation] = []
+        self.lost = asyncio.Event()
+        self.supervisor = Supervisor(
+            config,
+            place(config),
+            self.run_dir,
+            "/m",
+            lambda slot: self.up.append(slot.incarnation),
+            self._on_down,
+            lambda _slot: None,
+            lambda: None,
+        )
+        self.process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+        self.supervisor.start_imports()
+        self.supervisor.start_workers("shm")
+
+    @property
+    def slot(self) -> WorkerSlot:
+        return self.supervisor.slots["prefill-0"]
+
+    def forked(self, generation: int = 1) -> None:
+        report = Forked("prefill-0", generation, self.process.pid, forked=True)
+        self.supervisor._control(report)
+
+    def _on_down(self, dead: Incarnation) -> None:
+        self.down.append(dead)
+        self.lost.set()
+
+    async def until_down(self) -> None:
+        async with asyncio.timeout(10):
+            await self.lost.wait()
+
+    async def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        await self.supervisor.stop(lambda _worker: None)
+        self.run_dir.path.rmdir()
+
+
+@pytest.fixture
+async def fleet(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Fleet]:
+    monkeypatch.setattr(module, "ZygoteLink", Orders)
+    fleet = Fleet()
+    yield fleet
+    await fleet.close()
+
+
+@pytest.mark.parametrize("ready_first", [False, True])
+async def test_ready_and_forked_may_come_in_either_order(fleet: Fleet, ready_first: bool) -> None:
+    """They come over two sockets; either way the worker serves, and its death is seen."""
+    if ready_first:
+        fleet.supervisor.worker_ready(FIRST, READY)
+    fleet.forked()
+    if not ready_first:
+        fleet.supervisor.worker_ready(FIRST, READY)
+    assert fleet.process.poll() is None
+    assert (fleet.slot.life, fleet.slot.pid) == (Life.READY, fleet.process.pid)
+    assert fleet.up == [FIRST]
+    fleet.process.kill()
+    await fleet.until_down()
+    assert fleet.down == [FIRST]
+
+
+async def test_a_worker_of_an_order_that_was_given_up_is_ended(fleet: Fleet) -> None:
+    fleet.forked(generation=0)
+    assert fleet.process.wait(10) == -9
+    assert (fleet.slot.life, fleet.slot.pid) == (Life.STARTING, None)
+    assert fleet.down == []
