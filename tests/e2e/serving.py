@@ -26,7 +26,9 @@ STOP_DEADLINE_S = 30.0
 class ServeProcess:
     """One `tinfer serve` in its own session, with its standard output and error kept in files."""
 
-    def __init__(self, log_dir: Path, *arguments: str) -> None:
+    def __init__(
+        self, log_dir: Path, *arguments: str, environment: dict[str, str] | None = None
+    ) -> None:
         self.log_dir = log_dir
         self._out = log_dir / "serve.out"
         self._err = log_dir / "serve.err"
@@ -37,9 +39,17 @@ class ServeProcess:
                 stdout=out,
                 stderr=err,
                 start_new_session=True,
-                env={**os.environ, "VLLM_LOGGING_LEVEL": "WARNING"},
+                env={**os.environ, "VLLM_LOGGING_LEVEL": "WARNING", **(environment or {})},
             )
         self.url = ""
+
+    def wait_progress(self, text: str) -> None:
+        """Return once the output has `text`; fail with the output if it ends or is late first."""
+        deadline = time.monotonic() + START_DEADLINE_S
+        while text not in self.output:
+            assert self.process.poll() is None, self.output
+            assert time.monotonic() < deadline, self.output
+            time.sleep(0.02)
 
     def wait_ready(self) -> None:
         """Return once the ready block names the URL; fail with the output if it never does."""
@@ -58,6 +68,26 @@ class ServeProcess:
     @property
     def output(self) -> str:
         return self._out.read_text() + self._err.read_text()
+
+    @property
+    def error_line(self) -> str:
+        """What the command itself said on standard error, without progress and the log."""
+        lines = [line for line in self._err.read_text().splitlines() if line.startswith("tinfer: ")]
+        assert len(lines) == 1, self.output
+        return lines[0]
+
+    def wait_end(self) -> int:
+        """The exit code of a server that ends by itself."""
+        return self.process.wait(START_DEADLINE_S)
+
+    def run_dir(self) -> Path:
+        """Where its sockets are, as its import process was told."""
+        for process in self.family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                words = process.cmdline()
+                if "--run-dir" in words:
+                    return Path(words[words.index("--run-dir") + 1])
+        raise AssertionError(f"no import process:\n{self.output}")
 
     def family(self) -> list[psutil.Process]:
         """The master, the import process and the workers, as far as they live."""
@@ -85,12 +115,25 @@ class ServeProcess:
 
 
 @contextlib.contextmanager
-def serving(log_dir: Path, *arguments: str) -> Iterator[ServeProcess]:
+def serving(
+    log_dir: Path, *arguments: str, environment: dict[str, str] | None = None
+) -> Iterator[ServeProcess]:
     """A ready server, taken down at the end."""
-    server = ServeProcess(log_dir, *arguments)
+    server = ServeProcess(log_dir, *arguments, environment=environment)
     try:
         server.wait_ready()
         yield server
+    finally:
+        server.stop()
+
+
+def run_to_end(
+    log_dir: Path, *arguments: str, environment: dict[str, str] | None = None
+) -> tuple[int, str]:
+    """Run a server that cannot start: its exit code and the line that says why."""
+    server = ServeProcess(log_dir, *arguments, environment=environment)
+    try:
+        return server.wait_end(), server.error_line
     finally:
         server.stop()
 
@@ -134,9 +177,7 @@ async def events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, An
     raise AssertionError("the stream ended without [DONE]")
 
 
-async def complete(
-    session: aiohttp.ClientSession, url: str, body: dict[str, Any]
-) -> list[Answer]:
+async def complete(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> list[Answer]:
     """Stream one completion; one answer per choice."""
     answers = [Answer() for _ in range(body.get("n", 1))]
     # Two tokens may have the same text (half a character each); ids tell them apart.
@@ -162,6 +203,17 @@ async def get_json(url: str) -> dict[str, Any]:
     async with aiohttp.ClientSession() as session, session.get(url) as response:
         body: dict[str, Any] = await response.json()
         return body
+
+
+async def post_json(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    """A completion that is not streamed; it has to succeed."""
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(f"{url}/v1/completions", json={"model": "tiny", **body}) as response,
+    ):
+        answer: dict[str, Any] = await response.json()
+        assert response.status == 200, answer
+        return answer
 
 
 async def until_idle(url: str, deadline_s: float = 20.0) -> dict[str, Any]:

@@ -110,10 +110,11 @@ def _body(model: str, case: Case) -> dict[str, Any]:
 
 def _differences(case: Case, want: dict[str, Any], got: Answer) -> list[str]:
     """What a client could tell apart."""
-    found = []
-    for name in ("token_ids", "text", "finish_reason", "stop_reason"):
-        if want[name] != getattr(got, name):
-            found.append(f"{name}: {want[name]!r} != {getattr(got, name)!r}")
+    found = [
+        f"{name}: {want[name]!r} != {getattr(got, name)!r}"
+        for name in ("token_ids", "text", "finish_reason", "stop_reason")
+        if want[name] != getattr(got, name)
+    ]
     # A slow reader gets steps merged, so its states are a subset of the engine's, in order.
     states = set(want["prefixes"])
     found += [f"no such prefix: {p!r}" for p in got.prefixes if p not in states]
