@@ -26,6 +26,13 @@ _LAZY_MODULES = (
     "vllm.model_executor.model_loader",
     "vllm.v1.structured_output",
     "vllm.v1.sample.logits_processor.builtin",
+    "vllm.renderers.hf",
+    "vllm.lora.resolver",
+    "vllm.distributed.elastic_ep.elastic_execute",
+    "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors",
+    "vllm.model_executor.layers.quantization.online.base",
+    "vllm.v1.pool.flash_maxsim",
+    "vllm.triton_utils.dispatcher",
     "tinfer.worker.connector",
     "tinfer.worker.engine",
     "tinfer.worker.process",
@@ -40,7 +47,11 @@ def preload() -> None:
 
     names = list(_LAZY_MODULES)
     if vllm.platforms.current_platform.is_cpu():
-        names.append("vllm.v1.worker.cpu_worker")
+        names += [
+            "vllm.v1.worker.cpu_worker",
+            "vllm.v1.attention.backends.cpu_attn",
+            "vllm.utils.cpu_triton_utils",
+        ]
     else:
         names.append("vllm.v1.worker.gpu_worker")
     for name in names:
