@@ -102,6 +102,12 @@ def _row(tokens: int, taken: dict[str, list[tuple[float, float]]]) -> dict[str, 
     return row
 
 
+def hardware() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((x.split(": ")[1] for x in lines if x.startswith("model name")), "")
+    return f"{model or platform.machine()}, {os.cpu_count()} cores"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=60)
@@ -115,7 +121,7 @@ def main() -> None:
         "benchmark": "added_latency",
         "command": f"python benchmarks/added_latency.py --rounds {arguments.rounds}",
         "date": time.strftime("%Y-%m-%d"),
-        "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "hardware": hardware(),
         "rounds": arguments.rounds,
         "results": rows,
     }

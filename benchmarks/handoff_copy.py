@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import os
 import platform
 import random
 import statistics
@@ -288,7 +289,8 @@ def hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((x.split(": ")[1] for x in lines if x.startswith("model name")), platform.machine())
+    model = next((x.split(": ")[1] for x in lines if x.startswith("model name")), "")
+    return f"{model or platform.machine()}, {os.cpu_count()} cores"
 
 
 def main() -> None:
@@ -310,6 +312,8 @@ def main() -> None:
         return
     report = {
         "benchmark": "handoff_copy",
+        "command": f"python benchmarks/handoff_copy.py --rounds {args.rounds} --seed {args.seed}",
+        "date": time.strftime("%Y-%m-%d"),
         "hardware": hardware(device),
         "torch": torch.__version__,
         "num_layers": NUM_LAYERS,

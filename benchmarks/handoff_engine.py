@@ -18,7 +18,6 @@ import ctypes
 import gc
 import json
 import os
-import platform
 import random
 import shutil
 import statistics
@@ -30,8 +29,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+import torch
 import zmq
-from handoff_copy import NUM_ALLOCATIONS, fragmented
+from handoff_copy import NUM_ALLOCATIONS, fragmented, hardware
 
 from tinfer.core.sampling import SamplingSpec
 from tinfer.tiny_model.make import ensure_tiny_model
@@ -290,7 +290,7 @@ def main() -> None:
         "benchmark": "handoff_engine",
         "command": f"python benchmarks/handoff_engine.py --rounds {arguments.rounds}",
         "date": time.strftime("%Y-%m-%d"),
-        "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "hardware": hardware(torch.device("cpu")),
         "num_allocations": NUM_ALLOCATIONS,
         "num_layers": NUM_LAYERS,
         "rounds": arguments.rounds,
