@@ -178,7 +178,9 @@ async def test_stop_strings_across_the_first_tokens(
     """Stop strings made from what each prompt really answers: within token 1, across 1-2, across
     2-3, and later; excluded from and included in the text."""
     rng = random.Random(3)
-    base = [{"prompt": _prompt(rng), "params": {"max_tokens": OUTPUT_TOKENS}} for _ in range(40)]
+    base: list[Case] = [
+        {"prompt": _prompt(rng), "params": {"max_tokens": OUTPUT_TOKENS}} for _ in range(40)
+    ]
     plain = await asyncio.to_thread(_run_reference, model_dir, base, tmp_path)
     cases: list[Case] = []
     for case, (answer,) in zip(base, plain, strict=True):
@@ -187,7 +189,7 @@ async def test_stop_strings_across_the_first_tokens(
             stop = text[start:end]
             if len(stop) == end - start and "�" not in stop:
                 for include in (False, True):
-                    params = {
+                    params: dict[str, Any] = {
                         **case["params"],
                         "stop": [stop, "never-to-be-seen"],
                         "include_stop_str_in_output": include,
@@ -208,13 +210,14 @@ async def test_first_token_inside_a_character(
     text, and the character leaves whole with a later one."""
     rng = random.Random(4)
     guides = ["(é|ü){3}x", "(漢|字){2}", "(😀|🎉){2}!"]
-    cases = [
+    extras: list[dict[str, Any]] = [{}, {"seed": 2, "temperature": 1.0}, {"stop": ["x", "!"]}]
+    cases: list[Case] = [
         {
             "prompt": [rng.randrange(97, 123) for _ in range(rng.randint(1, 300))],
             "params": {"max_tokens": 20, "structured_outputs": {"regex": guide}, **extra},
         }
         for guide in guides
-        for extra in ({}, {"seed": 2, "temperature": 1.0}, {"stop": ["x", "!"]})
+        for extra in extras
     ]
     wanted = await asyncio.to_thread(_run_reference, model_dir, cases, tmp_path)
     answers = await complete_all(server.url, [_body("tiny", case) for case in cases])

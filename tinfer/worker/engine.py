@@ -216,7 +216,8 @@ class VllmEngine:
         the rest faster than vLLM's own shutdown, which collects garbage and tears down groups."""
         self._scheduler.connector.shutdown()
         if has_kv_transfer_group():
-            get_kv_transfer_group().shutdown()
+            connector: Any = get_kv_transfer_group()
+            connector.shutdown()
         os.close(self._wake_fd)
 
 
