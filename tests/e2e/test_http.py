@@ -175,6 +175,25 @@ def test_model_that_vllm_does_not_know(model_dir: str, tmp_path: Path) -> None:
     assert line.startswith("tinfer: worker ") and "NoSuchForCausalLM" in line
 
 
+def test_model_whose_kv_cache_cannot_be_split(model_dir: str, tmp_path: Path) -> None:
+    """The same weights under an architecture with a sliding window: refused, not served wrongly."""
+    sliding = _copy(model_dir, tmp_path)
+    config = json.loads((sliding / "config.json").read_text())
+    config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    (sliding / "config.json").write_text(json.dumps(config | {"sliding_window": 128}))
+    code, line = run_to_end(tmp_path, str(sliding))
+    assert code == 2
+    assert line.endswith(
+        "the model's KV cache is SlidingWindowSpec; only full attention can be split"
+    )
+
+
+def test_transport_that_cannot_be_had(model_dir: str, tmp_path: Path) -> None:
+    code, line = run_to_end(tmp_path, model_dir, "--kv-transport", "cuda-ipc")
+    assert code == 2
+    assert line.endswith("cuda-ipc moves GPU memory, and the workers are on CPU")
+
+
 def test_vllm_that_cannot_be_imported(model_dir: str, tmp_path: Path) -> None:
     (tmp_path / "vllm.py").write_text("raise ImportError('no such build here')")
     environment = {"PYTHONPATH": str(tmp_path)}
