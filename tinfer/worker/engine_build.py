@@ -11,6 +11,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from tinfer.wire.control import WorkerSpec
 from tinfer.worker.environment import VLLM_ENVIRONMENT
+from tinfer.worker.model_inspection import inspect_in_this_process
 from tinfer.worker.seeded_chunks import patch_cpu_runner
 
 CONNECTOR_MODULE = "tinfer.worker.connector"
@@ -29,6 +30,7 @@ def build_engine(spec: WorkerSpec, wake_fd: int) -> LLMEngine:
     raises, and `UnsupportedModel` for KV caches other than full attention.
     """
     os.environ.update(VLLM_ENVIRONMENT)
+    inspect_in_this_process()
     if spec.device == "cpu":
         patch_cpu_runner()
     engine = LLMEngine.from_engine_args(_engine_args(spec, wake_fd))
