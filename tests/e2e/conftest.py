@@ -40,12 +40,10 @@ def tight_server(
     tmp_path_factory: pytest.TempPathFactory, model_dir: str
 ) -> Iterator[ServeProcess]:
     """Few seats and little KV memory, so that requests wait in every phase; unknown request fields
-    are refused. Without oneDNN's cache of kernels per matrix shape (up to 1024, 250 MB per worker)
-    the workers' memory is level from the first minute on, so that a leak can be seen."""
+    are refused."""
     folder = tmp_path_factory.mktemp("tight")
-    environment = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1"}
     memory = ("--max-num-seqs", "24", "--kv-cache-memory-bytes", str(48 << 20))
     arguments = ("--served-model-name", "tiny", "--route", "split", "--strict-params", *memory)
     logs = ("--log-dir", str(folder))
-    with serving(folder, model_dir, *arguments, *logs, environment=environment) as process:
+    with serving(folder, model_dir, *arguments, *logs) as process:
         yield process
