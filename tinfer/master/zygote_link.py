@@ -22,9 +22,9 @@ from tinfer.wire.control import Control, Fork, FrameReader, WorkerSpec, pack
 log = logging.getLogger(__name__)
 
 _RECV_BYTES = 1 << 16
-# Kernels that oneDNN keeps per CPU worker, one per matrix shape (about 0.25 MB). With its own 1024 a
-# prefill worker, which meets new chunk sizes all the time, grew by 30 MB per 500 prompts; with 64 it
-# stays level and the same prompts took 9 % longer (November 2026, two AMD EPYC cores, one run each).
+# Kernels that oneDNN keeps per CPU worker, one per matrix shape (about 0.25 MB). With its own 1024
+# a prefill worker, which meets new chunk sizes all the time, grew by 30 MB per 500 prompts; with 64
+# it stays level, and the same prompts took 9 % longer (November 2026, two AMD EPYC cores, one run).
 ONEDNN_KERNELS = 64
 
 
