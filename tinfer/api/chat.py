@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
+import msgspec
 from aiohttp import web
 from msgspec import UNSET
 
@@ -32,6 +33,7 @@ from tinfer.api.serving import (
     sampled_logprobs,
     stop_tail,
     usage_tail,
+    whole_trace,
 )
 from tinfer.api.sse import Framer
 from tinfer.errors import InvalidRequest
@@ -39,7 +41,7 @@ from tinfer.errors import InvalidRequest
 
 async def handle(api: Api, request: web.Request) -> web.StreamResponse:
     """Validate, render, run and answer one request."""
-    parsed, headers = await api.read(request, api.chats)
+    parsed, headers = await api.read_sampling(request, api.chats)
     limits = api.limits
     num_logprobs = _num_logprobs(parsed)
     base = sampling.base_spec(
@@ -50,7 +52,7 @@ async def handle(api: Api, request: web.Request) -> web.StreamResponse:
         parsed.prompt_logprobs,
         "top_logprobs",
     )
-    prompt = await api.renderer.render_chat(parsed.messages, _chat_options(api, parsed))
+    prompt = await api.renderer.render_chat(parsed.messages, _options(api, parsed))
     sampling.check_token_ids(prompt.token_ids, limits.vocab_size, "messages")
     asked, param = parsed.max_tokens, "max_tokens"
     if parsed.max_completion_tokens is not None:
@@ -79,8 +81,21 @@ def _role(api: Api, parsed: ChatRequest) -> str:
     return api.options.response_role
 
 
-def _chat_options(api: Api, parsed: ChatRequest) -> ChatOptions:
-    """How to render. A template of the client's own is a program, so it needs to be allowed."""
+class RenderFields(Protocol):
+    """The fields of a chat to be rendered, whatever is done with the result."""
+
+    chat_template: str | None
+    chat_template_kwargs: dict[str, Any] | None
+    add_generation_prompt: bool | None
+    continue_final_message: bool | None
+    add_special_tokens: bool | None
+
+
+def chat_options(api: Api, parsed: RenderFields) -> ChatOptions:
+    """How to render. Raises `InvalidRequest`.
+
+    A template of the client's own is a program, so it needs to be allowed.
+    """
     if parsed.chat_template is not None and not api.options.trust_request_chat_template:
         raise InvalidRequest("templates in requests are not allowed here", param="chat_template")
     continues = bool(parsed.continue_final_message)
@@ -88,21 +103,25 @@ def _chat_options(api: Api, parsed: ChatRequest) -> ChatOptions:
         raise InvalidRequest(
             "needs add_generation_prompt to be false", param="continue_final_message"
         )
-    kwargs: dict[str, Any] = api.options.default_chat_template_kwargs | (
-        parsed.chat_template_kwargs or {}
-    )
-    if parsed.documents is not None:
-        kwargs["documents"] = parsed.documents
-    if parsed.reasoning_effort is not None:
-        kwargs["reasoning_effort"] = parsed.reasoning_effort
-        kwargs.setdefault("enable_thinking", parsed.reasoning_effort != "none")
     return ChatOptions(
         template=parsed.chat_template,
         add_generation_prompt=parsed.add_generation_prompt is not False,
         continue_final_message=continues,
         add_special_tokens=bool(parsed.add_special_tokens),
-        kwargs=kwargs,
+        kwargs=api.options.default_chat_template_kwargs | (parsed.chat_template_kwargs or {}),
     )
+
+
+def _options(api: Api, parsed: ChatRequest) -> ChatOptions:
+    """How to render, with what some fields of a completion mean for the template."""
+    options = chat_options(api, parsed)
+    kwargs = dict(options.kwargs)
+    if parsed.documents is not None:
+        kwargs["documents"] = parsed.documents
+    if parsed.reasoning_effort is not None:
+        kwargs["reasoning_effort"] = parsed.reasoning_effort
+        kwargs.setdefault("enable_thinking", parsed.reasoning_effort != "none")
+    return msgspec.structs.replace(options, kwargs=kwargs)
 
 
 class ChatReply:
@@ -162,6 +181,7 @@ class ChatReply:
             prompt_logprobs=None if about_prompt is None else prompt_logprobs(about_prompt),
             prompt_token_ids=self._prompt_token_ids(),
             prompt_text=self._prompt_text,
+            tinfer=whole_trace(self.job, answers),
         )
 
     def _choice(self, index: int, said: Answer) -> ChatChoice:

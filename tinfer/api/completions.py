@@ -29,6 +29,7 @@ from tinfer.api.serving import (
     sampled_logprobs,
     stop_tail,
     usage_tail,
+    whole_trace,
 )
 from tinfer.api.sse import Framer
 from tinfer.core.sampling import TokenLogprobs
@@ -50,7 +51,7 @@ class Echo(msgspec.Struct, frozen=True):
 
 async def handle(api: Api, request: web.Request) -> web.StreamResponse:
     """Validate, tokenise, run and answer one request."""
-    parsed, headers = await api.read(request, api.completions)
+    parsed, headers = await api.read_sampling(request, api.completions)
     limits = api.limits
     prompt_tops = parsed.prompt_logprobs
     if prompt_tops is None and parsed.echo:
@@ -170,6 +171,7 @@ class CompletionReply:
             choices=[self._choice(index, a) for index, a in enumerate(answers)],
             usage=self.counter.total(),
             system_fingerprint=self.job.fingerprint,
+            tinfer=whole_trace(self.job, answers),
         )
 
     def _choice(self, index: int, said: Answer) -> CompletionChoice:

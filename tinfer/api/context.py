@@ -13,14 +13,23 @@ from tinfer.api.options import ApiOptions
 from tinfer.api.render import Prompt, Renderer
 from tinfer.api.responses import new_id
 from tinfer.api.sampling import ModelLimits
-from tinfer.api.schemas import ChatRequest, CompletionRequest, SamplingFields
+from tinfer.api.schemas import (
+    Addressed,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    SamplingFields,
+    TokenizeRequest,
+)
 from tinfer.api.service import Service
 from tinfer.api.serving import Job
+from tinfer.api.trace import wants_trace
 from tinfer.errors import InvalidRequest, ModelNotFound
 
 MAX_SHOWN_CHARS = 256
 
-RequestT = TypeVar("RequestT", bound=SamplingFields)
+RequestT = TypeVar("RequestT", bound=Addressed)
+SamplingT = TypeVar("SamplingT", bound=SamplingFields)
 
 
 class Api:
@@ -32,6 +41,8 @@ class Api:
         self.options = options
         self.completions = BodyDecoder(CompletionRequest, options.strict_params)
         self.chats = BodyDecoder(ChatRequest, options.strict_params)
+        self.tokenizations = BodyDecoder(TokenizeRequest, options.strict_params)
+        self.detokenizations = BodyDecoder(DetokenizeRequest, options.strict_params)
         self._ignored = IgnoredLog()
 
     @property
@@ -56,11 +67,18 @@ class Api:
             raise ModelNotFound(
                 f"the model `{asked}` does not exist; served: {served}", param="model"
             )
+        return parsed, ignored_header(unknown)
+
+    async def read_sampling(
+        self, request: web.Request, decoder: BodyDecoder[SamplingT]
+    ) -> tuple[SamplingT, dict[str, str]]:
+        """`read` for a request that generates, with what both such endpoints refuse."""
+        parsed, headers = await self.read(request, decoder)
         if parsed.stream_options is not None and not parsed.stream:
             raise InvalidRequest("needs stream to be true", param="stream_options")
         if parsed.stream and parsed.prompt_logprobs:
             raise InvalidRequest("is not available in a stream", param="prompt_logprobs")
-        return parsed, ignored_header(unknown)
+        return parsed, headers
 
     def job(
         self,
@@ -93,4 +111,5 @@ class Api:
             return_token_ids=bool(parsed.return_token_ids),
             tokens_as_ids=options.return_tokens_as_token_ids if as_ids is None else as_ids,
             num_logprobs=num_logprobs,
+            show_trace=wants_trace(request),
         )

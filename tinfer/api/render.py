@@ -53,12 +53,16 @@ class Tokenizer(Protocol):
 
 
 class ChatOptions(Struct, frozen=True):
-    """How to render one chat; `template` None is the model's own."""
+    """How to render one chat; `template` None is the model's own.
+
+    With `any_length` the result may be longer than the model.
+    """
 
     template: str | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False
+    any_length: bool = False
     kwargs: dict[str, Any] = {}
 
 
@@ -108,13 +112,22 @@ class Renderer:
         """Stop the threads once what runs on them returns; what waits for one is cancelled."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    async def encode(self, text: str, add_special_tokens: bool = True) -> Prompt:
-        """Token ids of a text. Raises `InvalidRequest`, or `Overloaded` when too many wait."""
-        return await self._run(lambda: self._encode(text, add_special_tokens, "prompt"))
+    async def encode(
+        self, text: str, add_special_tokens: bool = True, any_length: bool = False
+    ) -> Prompt:
+        """Token ids of a text. Raises `InvalidRequest`, or `Overloaded` when too many wait.
+
+        With `any_length` the text may be longer than the model.
+        """
+        return await self._run(lambda: self._encode(text, add_special_tokens, "prompt", any_length))
 
     async def decode(self, token_ids: list[int]) -> str:
         """The text of token ids, special tokens included."""
         return await self._run(lambda: self._tokenizer.decode(token_ids))
+
+    async def token_strings(self, token_ids: list[int]) -> list[str]:
+        """The strings under which the vocabulary has these ids, which `encode` has given."""
+        return await self._run(lambda: [self._backend.id_to_token(i) for i in token_ids])
 
     async def render_chat(self, messages: list[Message], options: ChatOptions) -> Prompt:
         """The chat through the template, then tokenised without special tokens by default.
@@ -132,10 +145,11 @@ class Renderer:
         finally:
             self._num_pending -= 1
 
-    def _encode(self, text: str, add_special_tokens: bool, param: str) -> Prompt:
-        if self._max_chars is not None and len(text) > self._max_chars:
+    def _encode(self, text: str, add_special_tokens: bool, param: str, any_length: bool) -> Prompt:
+        limit = None if any_length else self._max_chars
+        if limit is not None and len(text) > limit:
             raise InvalidRequest(
-                f"the prompt has {len(text)} characters, more than the {self._max_chars} that "
+                f"the prompt has {len(text)} characters, more than the {limit} that "
                 "could fit the model's length",
                 param=param,
             )
@@ -164,7 +178,7 @@ class Renderer:
             raise InvalidRequest(
                 f"the chat template failed: {_reason(error)}", param="messages"
             ) from error
-        return self._encode(text, options.add_special_tokens, "messages")
+        return self._encode(text, options.add_special_tokens, "messages", options.any_length)
 
     def _template(self, asked: str | None) -> str:
         if asked is not None:

@@ -10,6 +10,8 @@ import uuid
 
 from msgspec import UNSET, Struct, UnsetType
 
+from tinfer.api.trace import Shown, Trace
+
 
 def new_id() -> str:
     """64 random bits as 16 hex digits, as vLLM names its requests."""
@@ -111,6 +113,7 @@ class Completion(Struct):
     kv_transfer_params: None = None
     ec_transfer_params: None = None
     metrics: None = None
+    tinfer: Shown = UNSET
 
 
 class CompletionDelta(Struct):
@@ -166,6 +169,7 @@ class ChatCompletion(Struct):
     kv_transfer_params: None = None
     ec_transfer_params: None = None
     metrics: None = None
+    tinfer: Shown = UNSET
 
 
 class DeltaMessage(Struct):
@@ -202,6 +206,7 @@ class ChunkTail(Struct):
     system_fingerprint: str | UnsetType = UNSET
     prompt_token_ids: list[int] | None | UnsetType = UNSET
     prompt_text: str | None | UnsetType = UNSET
+    tinfer: Trace | UnsetType = UNSET
 
 
 class ModelPermission(Struct):

@@ -1,4 +1,4 @@
-"""What a client may send to `/v1/completions` and `/v1/chat/completions`.
+"""What a client may send to `/v1/completions`, `/v1/chat/completions` and the two of tokens.
 
 Names and types are those of vLLM 0.32; null always means the default, so every field is optional.
 Ranges are checked in `sampling.py`; what is not declared here is judged by `fields.py`.
@@ -49,10 +49,15 @@ class ResponseFormat(Struct):
     json_schema: JsonSchemaFormat | None = None
 
 
-class SamplingFields(Struct, kw_only=True):
-    """The fields that both endpoints share."""
+class Addressed(Struct, kw_only=True):
+    """What every request body may name: the model it is for."""
 
     model: str | None = None
+
+
+class SamplingFields(Addressed, kw_only=True):
+    """The fields that both endpoints share."""
+
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = None
@@ -120,3 +125,41 @@ class ChatRequest(SamplingFields, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     return_prompt_text: bool | None = None
+
+
+class ToolFunction(Struct):
+    """What a tool is called and takes; the parameters are a JSON schema."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+    defer_loading: bool | None = None
+
+
+class Tool(Struct):
+    """A tool that the chat's template tells the model of."""
+
+    function: ToolFunction
+    type: Literal["function"] = "function"
+    defer_loading: bool | None = None
+
+
+class TokenizeRequest(Addressed, kw_only=True):
+    """`POST /tokenize`: `prompt` or `messages`, and from `add_generation_prompt` on for these."""
+
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+
+
+class DetokenizeRequest(Addressed, kw_only=True):
+    """`POST /detokenize`."""
+
+    tokens: list[int]

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 from aiohttp import web
 
-from tinfer.api import chat, completions
+from tinfer.api import chat, completions, tokenize
 from tinfer.api.context import Api
 from tinfer.api.failures import error_middleware, json_response
 from tinfer.api.options import ApiOptions
@@ -32,6 +32,8 @@ def create_app(service: Service, renderer: Renderer, options: ApiOptions) -> web
     routes: list[tuple[str, str, ApiHandler]] = [
         ("POST", "/v1/completions", completions.handle),
         ("POST", "/v1/chat/completions", chat.handle),
+        ("POST", "/tokenize", tokenize.handle_tokenize),
+        ("POST", "/detokenize", tokenize.handle_detokenize),
         ("GET", "/v1/models", _models),
         ("GET", "/v1/models/{name:.+}", _model),
         ("GET", "/health", _health),

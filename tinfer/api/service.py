@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 
 from msgspec import Struct
 
+from tinfer.api.trace import Trace
 from tinfer.core.sampling import SamplingSpec, TokenLogprobs
 from tinfer.core.types import Route
 
@@ -26,8 +27,9 @@ class Delta(Struct):
     """What is new on a stream since the last delta; several engine steps merge when the reader is
     behind. `logprobs` has one entry per token of `token_ids` when asked for, else it is None.
 
-    The last delta of a stream has a `finish_reason`. `prompt_logprobs` comes once, with the first
-    delta; `cached_tokens` is the number of prompt tokens that no worker computed for this request.
+    The last delta of a stream has a `finish_reason` and a `trace`. `prompt_logprobs` comes once,
+    with the first delta; `cached_tokens` is the number of prompt tokens that no worker computed for
+    this request.
     """
 
     text: str = ""
@@ -37,6 +39,7 @@ class Delta(Struct):
     finish_reason: Literal["stop", "length", "abort", "error"] | None = None
     stop_reason: int | str | None = None
     cached_tokens: int = 0
+    trace: Trace | None = None
 
 
 class Stream(Protocol):

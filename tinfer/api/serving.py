@@ -15,6 +15,7 @@ from tinfer.api.render import Prompt
 from tinfer.api.responses import CachedTokens, ChunkTail, PromptTokensDetails, Usage
 from tinfer.api.service import Delta, Generation, Service
 from tinfer.api.sse import DONE, error_event, open_stream
+from tinfer.api.trace import Shown, Trace, shown
 from tinfer.core.sampling import SamplingSpec, TokenLogprobs
 from tinfer.errors import EngineFailed, TinferError
 
@@ -37,6 +38,7 @@ class Job(Struct, frozen=True, kw_only=True):
     return_token_ids: bool
     tokens_as_ids: bool
     num_logprobs: int | None
+    show_trace: bool = False
 
     @property
     def num_answers(self) -> int:
@@ -52,6 +54,7 @@ class Answer(Struct):
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    trace: Trace | None = None
 
     def add(self, delta: Delta) -> None:
         self.text.append(delta.text)
@@ -61,6 +64,7 @@ class Answer(Struct):
             self.prompt_logprobs = delta.prompt_logprobs
         self.finish_reason = delta.finish_reason
         self.stop_reason = delta.stop_reason
+        self.trace = delta.trace
 
 
 class Counter:
@@ -145,11 +149,18 @@ def generations(prompts: Sequence[Prompt], specs: Sequence[list[SamplingSpec]]) 
 
 
 def stop_tail(job: Job, delta: Delta, usage: Usage | None) -> ChunkTail | None:
-    """What a chunk carries behind its choice: usage on request, the fingerprint at the end."""
+    """What a chunk carries behind its choice: usage and trace on request, the fingerprint at the
+    end."""
     stamp = delta.finish_reason is not None and not job.include_usage and job.fingerprint
-    if usage is None and not stamp:
+    trace = (delta.trace if job.show_trace else None) or UNSET
+    if usage is None and not stamp and trace is UNSET:
         return None
-    return ChunkTail(usage=usage or UNSET, system_fingerprint=stamp or UNSET)
+    return ChunkTail(usage=usage or UNSET, system_fingerprint=stamp or UNSET, tinfer=trace)
+
+
+def whole_trace(job: Job, answers: Sequence[Answer]) -> Shown:
+    """What a response that is not streamed tells of how it was served: on request only."""
+    return shown([said.trace for said in answers]) if job.show_trace else UNSET
 
 
 def usage_tail(job: Job, counter: Counter) -> ChunkTail:

@@ -15,6 +15,7 @@ from typing import assert_never
 from msgspec import Struct
 
 from tinfer.api.service import Delta, Generation
+from tinfer.api.trace import Trace
 from tinfer.clock import Clock
 from tinfer.core import events
 from tinfer.core.scheduler import Scheduler
@@ -28,6 +29,7 @@ from tinfer.errors import (
     WorkerLost,
 )
 from tinfer.master.streams import RequestStream
+from tinfer.master.timeline import StartKind, Timeline
 from tinfer.wire import messages as wire
 from tinfer.wire.links import Incarnation
 
@@ -42,6 +44,7 @@ class LiveRequest(Struct):
     generation: Generation
     prompt: bytes
     stream: RequestStream
+    timeline: Timeline
     delivered_tokens: int = 0
     delivered_text_len: int = 0
     cached_tokens: int = 0
@@ -68,7 +71,9 @@ class Dispatcher:
         """Accept a request. Raises `Overloaded` or `NoWorker` when the scheduler refuses it."""
         prompt_ids = generation.prompt_token_ids
         stream = RequestStream(request_id, self._cancelled)
-        self._live[request_id] = LiveRequest(generation, array("i", prompt_ids).tobytes(), stream)
+        timeline = Timeline(self._clock.now_s())
+        prompt = array("i", prompt_ids).tobytes()
+        self._live[request_id] = LiveRequest(generation, prompt, stream, timeline)
         arrived = events.Arrived(
             request_id,
             prompt_tokens=len(prompt_ids),
@@ -149,7 +154,7 @@ class Dispatcher:
             if output.finish_reason == "error":
                 live.stream.fail(EngineFailed("the engine failed on this request"))
             else:
-                _deliver(live, output)
+                _deliver(live, output, self._clock)
         source = output.source
         if output.finish_reason is not None:
             self._left(sender, request_id, answered=output.finish_reason != "error")
@@ -169,6 +174,8 @@ class Dispatcher:
 
     def _pull_done(self, sender: Incarnation, message: wire.PullDone) -> None:
         live = self._live.get(message.request_id)
+        if live is not None:
+            live.timeline.pulled(message, self._clock.now_s())
         if not message.ok:
             log.warning("pull of %s failed: %s", message.request_id, message.reason)
         if live is not None and live.source is not None:
@@ -235,13 +242,14 @@ class Dispatcher:
             case _:
                 assert_never(action)
 
-    def _start(self, request_id: str, worker: Incarnation, kind: str) -> None:
+    def _start(self, request_id: str, worker: Incarnation, kind: StartKind) -> None:
         live = self._live[request_id]
         live.workers.add(worker)
+        live.timeline.started(kind, worker.worker_id, self._clock.now_s())
         decode = kind == "decode"
         start = wire.Start(
             request_id,
-            kind,  # type: ignore[arg-type]
+            kind,
             live.prompt,
             live.generation.sampling,
             source=live.source if decode else None,
@@ -258,13 +266,15 @@ class Dispatcher:
             self.num_finished += 1
 
 
-def _deliver(live: LiveRequest, output: wire.Output) -> None:
+def _deliver(live: LiveRequest, output: wire.Output, clock: Clock) -> None:
     """Push what the client lacks of an output."""
     num_new = output.num_output_tokens - live.delivered_tokens
     len_new = output.text_len - live.delivered_text_len
     if num_new <= 0 and len_new <= 0 and output.finish_reason is None:
         return
     first = live.delivered_tokens == 0
+    if first and num_new > 0:
+        live.timeline.has_token(clock.now_s())
     live.delivered_tokens = max(live.delivered_tokens, output.num_output_tokens)
     live.delivered_text_len = max(live.delivered_text_len, output.text_len)
     logprobs = output.logprobs
@@ -277,7 +287,18 @@ def _deliver(live: LiveRequest, output: wire.Output) -> None:
             finish_reason=output.finish_reason,
             stop_reason=output.stop_reason,
             cached_tokens=live.cached_tokens,
+            trace=None if output.finish_reason is None else _trace(live, clock.now_s()),
         )
+    )
+
+
+def _trace(live: LiveRequest, now_s: float) -> Trace:
+    return live.timeline.trace(
+        live.stream.request_id,
+        len(live.generation.prompt_token_ids),
+        live.cached_tokens,
+        live.delivered_tokens,
+        now_s,
     )
 
 

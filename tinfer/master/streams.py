@@ -96,4 +96,5 @@ def _merge(pending: Delta, new: Delta) -> None:
     pending.prompt_logprobs = pending.prompt_logprobs or new.prompt_logprobs
     pending.finish_reason = new.finish_reason
     pending.stop_reason = new.stop_reason
+    pending.trace = new.trace
     pending.cached_tokens = max(pending.cached_tokens, new.cached_tokens)

@@ -1,0 +1,84 @@
+"""When the phases of one request began, and on which worker: what its `Trace` is made of.
+
+The dispatcher notes each moment as it learns of it; figures are differences of those moments.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import Struct
+
+from tinfer.api.trace import Trace
+from tinfer.wire import messages as wire
+
+StartKind = Literal["prefill", "decode", "whole"]
+NUM_DIGITS = 6  # microseconds: what a message between two processes costs is tens of them
+
+
+class Timeline(Struct):
+    """Moments in seconds on the dispatcher's clock, None where a phase has not been reached."""
+
+    arrived_s: float
+    route: Literal["split", "whole"] | None = None
+    prefill_worker: str | None = None
+    decode_worker: str | None = None
+    started_s: float | None = None
+    first_token_s: float | None = None
+    installed_s: float | None = None
+    pull: wire.PullDone | None = None
+
+    def started(self, kind: StartKind, worker_id: str, now_s: float) -> None:
+        """The request was sent to a worker."""
+        if kind != "prefill":
+            self.decode_worker = worker_id
+        if kind != "decode":
+            self.route = "whole" if kind == "whole" else "split"
+            self.prefill_worker = worker_id
+            self.started_s = now_s
+
+    def has_token(self, now_s: float) -> None:
+        """A token is there; only the first one counts."""
+        if self.first_token_s is None:
+            self.first_token_s = now_s
+
+    def pulled(self, pull: wire.PullDone, now_s: float) -> None:
+        """The decode worker has the blocks, or knows that it will not get them."""
+        self.pull = pull
+        self.installed_s = now_s
+
+    def trace(
+        self,
+        request_id: str,
+        prompt_tokens: int,
+        cached_tokens: int,
+        output_tokens: int,
+        now_s: float,
+    ) -> Trace:
+        """The figures of a request whose last token came at `now_s`."""
+        decode_s = _between(self.first_token_s, now_s)
+        gaps = output_tokens - 1
+        pull = self.pull if self.pull is not None and self.pull.ok else None
+        return Trace(
+            request_id=request_id,
+            route=self.route,
+            prefill_worker=self.prefill_worker,
+            decode_worker=self.decode_worker,
+            prompt_tokens=prompt_tokens,
+            cached_tokens=cached_tokens,
+            output_tokens=output_tokens,
+            queue_s=_between(self.arrived_s, self.started_s),
+            prefill_s=_between(self.started_s, self.first_token_s),
+            ttft_s=_between(self.arrived_s, self.first_token_s),
+            handoff_s=_between(self.first_token_s, self.installed_s if pull else None),
+            copy_s=round(pull.copy_s, NUM_DIGITS) if pull else None,
+            handoff_bytes=pull.num_bytes if pull else None,
+            recomputed=self.pull is not None and not self.pull.ok,
+            decode_s=decode_s,
+            tpot_s=None if decode_s is None or gaps < 1 else round(decode_s / gaps, NUM_DIGITS),
+            e2el_s=round(now_s - self.arrived_s, NUM_DIGITS),
+        )
+
+
+def _between(start_s: float | None, end_s: float | None) -> float | None:
+    return None if start_s is None or end_s is None else round(end_s - start_s, NUM_DIGITS)
