@@ -1,4 +1,4 @@
-"""What a test may not leave behind: processes, open descriptors, shared memory, run directories.
+"""What a test may not leave behind: processes, open descriptors, shared memory, temporary files.
 
 The check runs around every test. What is closed asynchronously gets GRACE_S to go. Fixtures of a
 wider scope are set up before the check looks for the first time, so a server that lives as long
@@ -25,7 +25,8 @@ POLL_S = 0.01
 # Every process that a test starts inherits it, so one that lost its parent is still recognised.
 MARK = f"TINFER_TEST_SESSION={uuid.uuid4().hex}"
 SHM = Path("/dev/shm")
-RUN_PREFIX = "tinfer-"
+# What torch keeps in the temporary directory on purpose.
+CACHES = ("torchinductor_",)
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class LeakBaseline:
         self._owned_pids.add(pid)
 
     def own_path(self, path: Path) -> None:
-        """Ignore this entry of /dev/shm or this run directory from now on."""
+        """Ignore this entry of /dev/shm or of the temporary directory from now on."""
         self._owned_paths.add(str(path))
 
     def rebase(self) -> None:
@@ -88,8 +89,8 @@ class LeakBaseline:
         ]
 
     def _look(self) -> Snapshot:
-        run_folders = (p for p in self._folder.iterdir() if p.name.startswith(RUN_PREFIX))
-        paths = {str(path) for path in (*SHM.iterdir(), *run_folders)}
+        files = (p for p in self._folder.iterdir() if not p.name.startswith(CACHES))
+        paths = {str(path) for path in (*SHM.iterdir(), *files)}
         return Snapshot(
             self._processes(), _descriptors(), frozenset(paths) - frozenset(self._owned_paths)
         )

@@ -1,9 +1,10 @@
 """One plain vLLM engine: no connector, no logits processor, no tinfer server.
 
-`python -m tests.e2e.reference_engine MODEL IN OUT` runs the requests of IN (JSON) all at once and
-writes what each one emitted, step by step. The engine has the worker's chunk size and thread count,
-and the patch that keeps CPU generators alive through a chunked prefill (`tinfer.worker
-.seeded_chunks`): without it a seeded request with a chunked prompt kills a CPU engine.
+`python -m tests.e2e.reference_engine MODEL IN OUT [DTYPE]` runs the requests of IN (JSON) all at
+once and writes what each one emitted, step by step. The engine has the worker's chunk size and
+thread count, and the patch that keeps CPU generators alive through a chunked prefill
+(`tinfer.worker.seeded_chunks`): without it a seeded request with a chunked prompt kills a CPU
+engine.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ from tinfer.worker.environment import VLLM_ENVIRONMENT
 CHUNK_TOKENS = 512
 
 
-def main(model_dir: str, requests_file: str, results_file: str) -> None:
+def main(model_dir: str, requests_file: str, results_file: str, dtype: str = "auto") -> None:
     import os
 
     os.environ.update(VLLM_ENVIRONMENT)
     requests = json.loads(Path(requests_file).read_text())
-    Path(results_file).write_text(json.dumps(run(model_dir, requests)))
+    Path(results_file).write_text(json.dumps(run(model_dir, requests, dtype)))
 
 
-def run(model_dir: str, requests: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+def run(
+    model_dir: str, requests: list[dict[str, Any]], dtype: Any = "auto"
+) -> list[list[dict[str, Any]]]:
     """Per request and choice: token ids, text, the text after each step, finish and stop reason,
     logprobs of the sampled tokens and of the top ones by id."""
     from vllm import LLMEngine, SamplingParams
@@ -39,6 +42,7 @@ def run(model_dir: str, requests: list[dict[str, Any]]) -> list[list[dict[str, A
     engine = LLMEngine.from_engine_args(
         EngineArgs(
             model=model_dir,
+            dtype=dtype,
             max_num_batched_tokens=CHUNK_TOKENS,
             max_num_seqs=256,
             kv_cache_memory_bytes=256 << 20,

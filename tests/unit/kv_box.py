@@ -130,8 +130,8 @@ class ExporterProcess:
         stdin.flush()
         return msgspec.json.decode(stdout.readline(), type=answer)
 
-    def open_lease(self) -> LeaseRef:
-        return self.ask("open", LeaseRef)
+    def open_lease(self, num_readers: int = 1) -> LeaseRef:
+        return self.ask(f"open {num_readers}", LeaseRef)
 
     def ended(self) -> list[LeaseRef]:
         return self.ask("ended", list[LeaseRef])

@@ -29,8 +29,9 @@ def main(seed: int) -> None:
         order = msgspec.json.decode(line, type=str)
         if order == "leases":
             _answer(table.descriptor())
-        elif order == "open":
-            held.append(table.open_lease(time.monotonic() + 60))
+        elif order.startswith("open"):
+            num_readers = int(order.removeprefix("open") or 1)
+            held.append(table.open_lease(time.monotonic() + 60, num_readers))
             _answer(held[-1])
         elif order == "ended":
             ended, _ = table.poll()

@@ -121,6 +121,7 @@ TO_MASTER: list[messages.ToMaster] = [
         engine="vllm",
         export=b"\x01",
         start_s={"engine": 0.25},
+        kv_format={"dtype": "bfloat16"},
     ),
     CannotStart("no room"),
     Step([Output("r-1", [5], 1, "", 0)], WorkerStats()),

@@ -26,19 +26,23 @@ class Route(enum.Enum):
 
 
 class Role(enum.Enum):
-    """A label that only the scheduler keeps; every engine can do both phases."""
+    """A label that only the scheduler keeps; every engine can do both phases.
+
+    WHOLE is a worker whose KV blocks fit no other's: it neither hands off nor takes over.
+    """
 
     PREFILL = "prefill"
     DECODE = "decode"
     BOTH = "both"
+    WHOLE = "whole"
 
     @property
     def prefills(self) -> bool:
-        return self is not Role.DECODE
+        return self in (Role.PREFILL, Role.BOTH)
 
     @property
     def decodes(self) -> bool:
-        return self is not Role.PREFILL
+        return self in (Role.DECODE, Role.BOTH)
 
 
 class LeaseKey(Struct, frozen=True):

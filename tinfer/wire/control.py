@@ -21,7 +21,9 @@ class WorkerSpec(Struct, frozen=True, forbid_unknown_fields=True):
     """All that one incarnation of a worker needs to know before it has a socket.
 
     `environment` is set in the child before any device is touched; `cpus` are the cores that it is
-    bound to (empty: not bound). `engine_args` are vLLM engine arguments by vLLM's names.
+    bound to (empty: not bound), shared out evenly to its `tensor_parallel_size` ranks, each of
+    which computes with `num_threads` OpenMP threads on a CPU. `engine_args` are vLLM engine
+    arguments by vLLM's names.
     """
 
     worker_id: str
@@ -37,6 +39,8 @@ class WorkerSpec(Struct, frozen=True, forbid_unknown_fields=True):
     engine_args: dict[str, str | int | float | bool]
     lease_ttl_s: float
     fake: dict[str, int | float] = {}
+    tensor_parallel_size: int = 1
+    num_threads: int = 1
 
 
 class Fork(Struct, tag=True, frozen=True, forbid_unknown_fields=True):

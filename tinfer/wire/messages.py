@@ -131,6 +131,7 @@ class Ready(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
     """The engine is built and serves; the first message of an incarnation that starts well.
 
     `export` is what peers need to map this worker's KV memory (`worker/kv`), opaque to the master.
+    `kv_format` is what has to be equal for blocks to move between two workers, in words.
     """
 
     pid: int
@@ -147,6 +148,7 @@ class Ready(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
     engine: str
     export: bytes
     start_s: dict[str, float] = {}
+    kv_format: dict[str, str] = {}
 
 
 class CannotStart(Struct, tag=True, frozen=True, forbid_unknown_fields=True):

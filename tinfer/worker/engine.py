@@ -26,7 +26,10 @@ from tinfer.worker.adapter import EngineRefusal, Notice
 from tinfer.worker.connector import TinferConnector
 from tinfer.worker.engine_build import build_engine
 from tinfer.worker.handoff_scheduler import SchedulerSide
+from tinfer.worker.kv_format import published_format
+from tinfer.worker.ranks.executor import RankExecutor
 from tinfer.worker.sampling import all_logprobs, sampling_params, token_logprobs
+from tinfer.worker.wake import WakePipe
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -45,9 +48,12 @@ class VllmEngine:
 
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._llm = build_engine(spec, self._wake_fd)
-        self._scheduler = self._llm.engine_core.engine_core.scheduler  # type: ignore[attr-defined]
+        self._wake = WakePipe()
+        self._llm = build_engine(spec, self._wake.path)
+        core: Any = self._llm.engine_core
+        self._scheduler = core.engine_core.scheduler
+        executor = core.engine_core.model_executor
+        self._ranks = executor if isinstance(executor, RankExecutor) else None
         connector = self._scheduler.connector
         assert isinstance(connector, TinferConnector)
         self._handoff: SchedulerSide = connector.scheduler_side
@@ -76,13 +82,14 @@ class VllmEngine:
             dtype=str(config.model_config.dtype).removeprefix("torch."),
             engine="vllm",
             export=export,
+            kv_format=published_format(export),
         )
 
     def wake_fd(self) -> int:
-        return self._wake_fd
+        return self._wake.fd
 
     def clear_wake(self) -> None:
-        os.eventfd_read(self._wake_fd)
+        self._wake.clear()
 
     # --- requests -----------------------------------------------------------------------------
 
@@ -119,6 +126,7 @@ class VllmEngine:
         self._aborted += known
 
     def has_requests(self) -> bool:
+        self._check_ranks()  # the loop asks in each turn
         return bool(self._scheduler.has_requests())
 
     def was_idle_step(self) -> bool:
@@ -127,10 +135,18 @@ class VllmEngine:
     def step(self) -> list[Output]:
         self._num_steps += 1
         self._handoff.num_scheduled_tokens = 0
-        results = cast("list[RequestOutput]", self._llm.step())
+        try:
+            results = cast("list[RequestOutput]", self._llm.step())
+        except RuntimeError:
+            self._check_ranks()  # their death says more than what vLLM makes of it
+            raise
         outputs = [output for result in results if (output := self._output(result)) is not None]
         self._emitted = bool(outputs) or self._handoff.has_notices()
         return outputs
+
+    def _check_ranks(self) -> None:
+        if self._ranks is not None:
+            self._ranks.check()
 
     def _output(self, result: RequestOutput) -> Output | None:
         running = self._running.get(result.request_id)
@@ -212,13 +228,16 @@ class VllmEngine:
         return self._scheduler.kv_cache_manager.block_pool
 
     def close(self) -> None:
-        """Stop the copies and unmap the peers. The process ends after this, and the kernel frees
-        the rest faster than vLLM's own shutdown, which collects garbage and tears down groups."""
+        """Stop the copies and unmap the peers. The process ends after this, and its ranks with it;
+        the kernel frees the rest faster than vLLM's own shutdown, which collects garbage and tears
+        down groups."""
+        if self._ranks is not None:
+            self._ranks.close()
         self._scheduler.connector.shutdown()
         if has_kv_transfer_group():
             connector: Any = get_kv_transfer_group()
             connector.shutdown()
-        os.close(self._wake_fd)
+        self._wake.close()
 
 
 def _unfinished_text(detokenizer: IncrementalDetokenizer) -> str:

@@ -12,7 +12,9 @@ from vllm.engine.arg_utils import EngineArgs
 from tinfer.wire.control import WorkerSpec
 from tinfer.worker.environment import VLLM_ENVIRONMENT
 from tinfer.worker.model_inspection import inspect_in_this_process
+from tinfer.worker.ranks.build import RanksOf
 from tinfer.worker.seeded_chunks import patch_cpu_runner
+from tinfer.worker.threads import set_threads
 
 CONNECTOR_MODULE = "tinfer.worker.connector"
 CONNECTOR_CLASS = "TinferConnector"
@@ -23,23 +25,30 @@ class UnsupportedModel(Exception):
     """The model has a KV cache that the hand-off cannot move; the message says which."""
 
 
-def build_engine(spec: WorkerSpec, wake_fd: int) -> LLMEngine:
+def build_engine(spec: WorkerSpec, wake_path: str) -> LLMEngine:
     """An engine as `spec` asks, its KV memory allocated and exportable.
 
-    `wake_fd` is an eventfd that the connector writes to when a pull ends. Raises whatever vLLM
-    raises, and `UnsupportedModel` for KV caches other than full attention.
+    `wake_path` opens the pipe that the connector writes to when a pull ends. Raises whatever vLLM
+    raises, `UnsupportedModel` for KV caches other than full attention, and `RanksFailed`.
     """
     os.environ.update(VLLM_ENVIRONMENT)
     inspect_in_this_process()
+    if spec.tensor_parallel_size > 1:
+        with RanksOf(spec) as ranks:
+            return _checked(LLMEngine.from_engine_args(_engine_args(spec, wake_path, ranks)))
     if spec.device == "cpu":
         patch_cpu_runner()
-    engine = LLMEngine.from_engine_args(_engine_args(spec, wake_fd))
+        set_threads(spec.num_threads)
+    return _checked(LLMEngine.from_engine_args(_engine_args(spec, wake_path, None)))
+
+
+def _checked(engine: LLMEngine) -> LLMEngine:
     if engine.vllm_config.use_v2_model_runner:
         raise UnsupportedModel("this model forces vLLM's model runner V2, which is not supported")
     return engine
 
 
-def _engine_args(spec: WorkerSpec, wake_fd: int) -> EngineArgs:
+def _engine_args(spec: WorkerSpec, wake_path: str, ranks: RanksOf | None) -> EngineArgs:
     own: dict[str, Any] = {
         "model": spec.model_dir,
         "kv_transfer_config": KVTransferConfig(
@@ -53,8 +62,9 @@ def _engine_args(spec: WorkerSpec, wake_fd: int) -> EngineArgs:
                 "worker_id": spec.worker_id,
                 "generation": spec.generation,
                 "transport": spec.kv_transport,
-                "wake_fd": wake_fd,
+                "wake_path": wake_path,
                 "lease_ttl_s": spec.lease_ttl_s,
+                **({} if ranks is None else ranks.connector_config()),
             },
         ),
         "logits_processors": [FORCE_TOKENS],
@@ -66,7 +76,9 @@ def _engine_args(spec: WorkerSpec, wake_fd: int) -> EngineArgs:
         "generation_config": "vllm",
     }
     if spec.device == "cpu":
-        # One engine owns one core: compiling for it costs more than it brings, and an explicit KV
+        # One engine owns its cores: compiling for it costs more than it brings, and an explicit KV
         # size skips vLLM's profiling run.
         own["enforce_eager"] = True
+    if ranks is not None:
+        own |= ranks.engine_args()
     return EngineArgs(**{**spec.engine_args, **own})

@@ -97,6 +97,7 @@ class FakeEngine:
             dtype="digest",
             engine="fake",
             export=msgspec.msgpack.encode(export),
+            kv_format={"dtype": "digest", "block_tokens": str(settings.block_tokens)},
         )
 
     def wake_fd(self) -> int:

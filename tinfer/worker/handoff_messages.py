@@ -48,21 +48,20 @@ class HandoffMetadata(KVConnectorMetadata):
 
 @dataclass
 class PullReport(KVConnectorWorkerMetadata):
-    """How the pulls that ended in this step went, which leases (with the rank) have been staged,
-    and what the worker side has mapped."""
+    """What the ranks have to say after a step: how the pulls that ended went, one result per rank
+    and pull, and which leases (with the rank) have been staged. `mapped` holds, of the ranks where
+    it has changed, how many peers are mapped and how many of a dead peer's mappings are left."""
 
     results: list[PullResult]
     staged: list[tuple[LeaseRef, int]]
-    num_mapped: int
-    num_stale: int
+    mapped: dict[int, tuple[int, int]]
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         assert isinstance(other, PullReport)
         return PullReport(
             self.results + other.results,
             self.staged + other.staged,
-            self.num_mapped + other.num_mapped,
-            self.num_stale + other.num_stale,
+            self.mapped | other.mapped,
         )
 
 

@@ -27,7 +27,8 @@ from tinfer.worker.adapter import Notice
 from tinfer.worker.handoff_messages import ExportMetadata, HandoffMetadata, Peer, PullReport
 from tinfer.worker.kv.errors import LeaseTableFull, StagingFull
 from tinfer.worker.kv.lease import DEFAULT_SLOTS, LeaseRef, LeaseTable
-from tinfer.worker.kv.puller import Pull
+from tinfer.worker.kv.puller import Pull, PullResult
+from tinfer.worker.kv.rank_results import RankResults
 from tinfer.worker.kv.source import DEFAULT_STAGING_SLOTS, SourceBlocks, block_source
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class _Pulling:
 
     external_id: str
     started_s: float
+    results: RankResults
 
 
 class SchedulerSide:
@@ -87,7 +89,7 @@ class SchedulerSide:
         self._closing: list[LeaseRef] = []
         self._summary = Summary(0, "", "")
         self._exports: dict[int, bytes] = {}
-        self._num_mapped = self._num_stale = 0
+        self._mapped: dict[int, tuple[int, int]] = {}
         self.num_scheduled_tokens = 0
         self._counts = dict.fromkeys(
             (
@@ -178,8 +180,8 @@ class SchedulerSide:
             **self._counts,
             "pull_s": self._pull_s,
             "num_open_leases": len(self._held),
-            "num_mapped_peers": self._num_mapped,
-            "num_stale_mappings": self._num_stale,
+            "num_mapped_peers": max((mapped for mapped, _ in self._mapped.values()), default=0),
+            "num_stale_mappings": max((stale for _, stale in self._mapped.values()), default=0),
         }
 
     # --- hooks of vLLM's scheduler ----------------------------------------------------------------
@@ -226,7 +228,7 @@ class SchedulerSide:
             )
         )
         self._pulling[request.request_id] = _Pulling(
-            _external_id(request.request_id), time.monotonic()
+            _external_id(request.request_id), time.monotonic(), RankResults(self._num_ranks)
         )
 
     def build_metadata(self, scheduled: SchedulerOutput) -> HandoffMetadata:
@@ -254,7 +256,7 @@ class SchedulerSide:
         self._closing = []
         report = output.kv_connector_worker_meta
         if isinstance(report, PullReport):
-            self._num_mapped, self._num_stale = report.num_mapped, report.num_stale
+            self._mapped |= report.mapped
             for ref, rank in report.staged:
                 self._leases.mark_ready(ref, rank)
             for result in report.results:
@@ -313,10 +315,13 @@ class SchedulerSide:
             blocks=msgspec.msgpack.encode(offered),
         )
 
-    def _pull_ended(self, result: Any) -> None:
-        pulling = self._pulling.pop(result.request_id, None)
-        if pulling is None:
+    def _pull_ended(self, part: PullResult) -> None:
+        """One rank's part of a pull has ended."""
+        pulling = self._pulling.get(part.request_id)
+        result = None if pulling is None else pulling.results.add(part)
+        if pulling is None or result is None:
             return
+        del self._pulling[part.request_id]
         copy_s = (result.finished_ns - result.started_ns) / 1e9
         self._counts["num_pulls"] += 1
         self._counts["num_failed_pulls"] += not result.ok

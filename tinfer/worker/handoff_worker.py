@@ -6,8 +6,6 @@ submits them and collects what has ended.
 
 from __future__ import annotations
 
-import functools
-import os
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +21,7 @@ from tinfer.worker.kv.probe import build_transport
 from tinfer.worker.kv.puller import PeerInfo, Puller, PullResult
 from tinfer.worker.kv.shm import ShmDescriptor
 from tinfer.worker.kv.transport import Export, Transport
+from tinfer.worker.wake import Waker
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -51,7 +50,7 @@ class WorkerSide:
         self._vllm_config = vllm_config
         self._kv_cache_config = kv_cache_config
         self._rank = get_tensor_model_parallel_rank()
-        self._wake_fd: int = extra["wake_fd"]
+        self._wake = Waker(extra["wake_path"])
         self._transport = _transport(extra["transport"])
         self._puller: Puller | None = None
         self._export: ExportMetadata | None = None
@@ -78,8 +77,7 @@ class WorkerSide:
             transport=self._transport.name,
             device=str(device),
         )
-        wake = functools.partial(os.eventfd_write, self._wake_fd, 1)
-        self._puller = Puller(self._transport, buffer, geometry, wake, rank=self._rank)
+        self._puller = Puller(self._transport, buffer, geometry, self._wake, rank=self._rank)
 
     def _geometry(self, total_bytes: int) -> Geometry:
         config = self._kv_cache_config
@@ -129,7 +127,10 @@ class WorkerSide:
         self._ended = orders.ended
 
     def _peer_info(self, peer: Peer) -> PeerInfo:
-        rank = msgspec.msgpack.decode(peer.ranks[self._rank], type=RankExport)
+        # A peer with fewer ranks has none of this number; any of them tells that the two differ,
+        # and the puller refuses it for that.
+        number = min(self._rank, len(peer.ranks) - 1)
+        rank = msgspec.msgpack.decode(peer.ranks[number], type=RankExport)
         return PeerInfo(
             worker_id=peer.worker_id,
             generation=peer.generation,
@@ -158,7 +159,7 @@ class WorkerSide:
             return None
         self._reported = mapped
         results, self._results = self._results, []
-        return PullReport(results, staged, *mapped)
+        return PullReport(results, staged, {self._rank: mapped})
 
     def _open_puller(self) -> Puller:
         assert self._puller is not None, "asked before the KV cache was registered"
@@ -169,6 +170,7 @@ class WorkerSide:
         if self._puller is not None:
             self._puller.close()
         self._transport.close()
+        self._wake.close()
 
 
 def _transport(name: str) -> Transport:

@@ -22,6 +22,7 @@ _LAZY_MODULES = (
     "vllm.v1.engine.core",
     "vllm.v1.core.sched.scheduler",
     "vllm.v1.executor.uniproc_executor",
+    "vllm.v1.executor.multiproc_executor",
     "vllm.model_executor.models.llama",
     "vllm.model_executor.model_loader",
     "vllm.v1.structured_output",
@@ -51,6 +52,7 @@ def preload() -> None:
             "vllm.v1.worker.cpu_worker",
             "vllm.v1.attention.backends.cpu_attn",
             "vllm.utils.cpu_triton_utils",
+            "tinfer.worker.ranks.rank_cpu",
         ]
     else:
         names.append("vllm.v1.worker.gpu_worker")

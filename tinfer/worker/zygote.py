@@ -4,7 +4,8 @@ Importing is most of a worker's start-up, so a fork (and a restart after a death
 of a fresh process. Forking is safe only while this process has a single thread and no CUDA context;
 that is checked before each fork, and where it does not hold the worker is spawned instead.
 
-The zygote also outlives the workers: when the master is gone it waits for them, ends those that do
+The zygote also outlives the workers. It ends what a dead worker leaves behind, its ranks and the
+names of their shared memory. When the master is gone it waits for the workers, ends those that do
 not end by themselves, and removes the run directory last.
 """
 
@@ -16,7 +17,6 @@ import fcntl
 import gc
 import os
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -37,6 +37,8 @@ from tinfer.wire.control import (
     WorkerSpec,
     send,
 )
+from tinfer.worker.prctl import adopt_orphans
+from tinfer.worker.ranks.names import forget_all, forget_worker
 
 # How long workers have to leave by themselves once the master is gone. They notice within
 # milliseconds and then just exit, so the kill takes nothing from those that are late: a worker that
@@ -64,6 +66,7 @@ class Zygote:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
         signal.set_wakeup_fd(self._child_write, warn_on_full_buffer=False)
+        adopt_orphans()  # ranks whose worker has died
         started = time.monotonic()
         self._let_lifeline_interrupt()
         gc.disable()  # imports make millions of objects and hardly any garbage
@@ -75,7 +78,7 @@ class Zygote:
         while self._serve_once():
             pass
         self._end_children()
-        shutil.rmtree(self._run_dir, ignore_errors=True)
+        forget_all(self._run_dir)
 
     def _let_lifeline_interrupt(self) -> None:
         """The imports take seconds in which nothing can select: a master that dies or gives up
@@ -88,7 +91,7 @@ class Zygote:
             self._abandon()
 
     def _abandon(self) -> None:
-        shutil.rmtree(self._run_dir, ignore_errors=True)
+        forget_all(self._run_dir)
         os._exit(0)
 
     def _serve_once(self) -> bool:
@@ -146,15 +149,31 @@ class Zygote:
         return process.pid
 
     def _reap(self) -> None:
+        """Reap workers, and orphans of dead ones, that have ended by now."""
         while True:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                # Not reaped yet, so that no other process can have got its number.
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
                 return
-            if pid == 0:
+            if ended is None:
                 return
-            self._children.discard(pid)
-            self._report(Exited(pid, os.waitstatus_to_exitcode(status)))
+            if ended.si_pid in self._children:
+                self._bury(ended.si_pid)
+            else:
+                os.waitpid(ended.si_pid, 0)
+
+    def _bury(self, pid: int) -> None:
+        """Reap a worker that has ended or is about to, end its ranks, and remove their names."""
+        with contextlib.suppress(ProcessLookupError):  # it died before it had its own session
+            os.killpg(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        self._children.discard(pid)
+        self._report(Exited(pid, os.waitstatus_to_exitcode(status)))
+        with contextlib.suppress(ChildProcessError):
+            while True:  # this process is their parent now
+                os.waitpid(-pid, 0)
+        forget_worker(self._run_dir, pid)
 
     def _report(self, message: Control) -> None:
         with contextlib.suppress(OSError):  # the master may be gone; the loop sees that next
@@ -170,9 +189,8 @@ class Zygote:
         for pid in self._children:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        for pid in self._children:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, 0)
+        for pid in list(self._children):
+            self._bury(pid)
 
 
 def _import_engine(engine: Literal["vllm", "fake"]) -> None:

@@ -303,6 +303,8 @@ class Puller:
         peer = self._peers.get(_key(pull))
         if peer is None:
             raise PeerGone(f"no worker {pull.worker_id} of generation {pull.generation}")
+        if peer.memory is None:
+            check_compatible(self._geometry, peer.info.geometry)
         return peer
 
     def _is_ready(self, peer: _Peer, pull: Pull) -> bool:
@@ -321,7 +323,6 @@ class Puller:
 
     def _copy(self, peer: _Peer, task: _Queued) -> int:
         if peer.memory is None:
-            check_compatible(self._geometry, peer.info.geometry)
             peer.memory = self._transport.map(peer.info.export, peer.info.geometry)
             self._num_mapped += 1
         pull = task.pull
@@ -339,7 +340,11 @@ class Puller:
         if peer is None:
             return
         try:
-            peer.leases().mark_done(lease, self._rank)
+            if peer.info.geometry.tp_size == self._geometry.tp_size:
+                peer.leases().mark_done(lease, self._rank)
+            else:
+                # The owner waits for as many ranks as it has itself, and none here can read it.
+                peer.leases().release(lease)
         except PeerGone:
             return  # its leases died with it
 
