@@ -34,7 +34,7 @@ import zmq
 from handoff_copy import NUM_ALLOCATIONS, fragmented, hardware
 
 from tinfer.core.sampling import SamplingSpec
-from tinfer.tiny_model.make import ensure_tiny_model
+from tinfer.tiny_model import MODEL_DIR
 from tinfer.wire.control import WorkerSpec
 from tinfer.wire.links import Incarnation
 from tinfer.wire.messages import (
@@ -65,10 +65,9 @@ PREFILL, DECODE = Incarnation("prefill-0", 1), Incarnation("decode-0", 1)
 
 def make_model(folder: Path, shape: dict[str, int]) -> str:
     """A model directory of the wanted KV shape; its weights are vLLM's dummies."""
-    tiny = ensure_tiny_model()
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tiny / name, folder / name)
-    config = json.loads((tiny / "config.json").read_text())
+        shutil.copy(MODEL_DIR / name, folder / name)
+    config = json.loads((MODEL_DIR / "config.json").read_text())
     config |= {"num_hidden_layers": NUM_LAYERS, "num_attention_heads": 8, "hidden_size": 256}
     config |= {name: value for name, value in shape.items() if name != "block_size"}
     (folder / "config.json").write_text(json.dumps(config))

@@ -21,7 +21,10 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     model: Annotated[
         str | None,
-        Meta(description="Directory of a Hugging Face model. Default: the built-in test model."),
+        Meta(description="Directory of a Hugging Face model, or its name (org/name) on the hub."),
+    ] = None
+    revision: Annotated[
+        str | None, Meta(description="Branch, tag or commit of a model from the hub.")
     ] = None
     host: Annotated[str, Meta(description="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="Port; 0 takes a free one.")] = 8000
@@ -31,11 +34,21 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     ] = ()
 
     prefill: Annotated[
-        int, Meta(ge=0, description="Number of prefill workers, one device or core each.")
-    ] = 1
+        Annotated[int, Meta(ge=0)] | None,
+        Meta(description="Number of prefill workers. Default: half of the GPUs; 1 on a CPU."),
+    ] = None
     decode: Annotated[
-        int, Meta(ge=0, description="Number of decode workers, one device or core each.")
-    ] = 1
+        Annotated[int, Meta(ge=0)] | None,
+        Meta(description="Number of decode workers. Default: the GPUs that are left; 1 on a CPU."),
+    ] = None
+    prefill_devices: Annotated[
+        str | None,
+        Meta(description="GPUs of the prefill workers: indices or UUIDs, comma-separated."),
+    ] = None
+    decode_devices: Annotated[
+        str | None,
+        Meta(description="GPUs of the decode workers: indices or UUIDs, comma-separated."),
+    ] = None
     route: Annotated[
         Literal["auto", "split", "whole"],
         Meta(
@@ -57,6 +70,14 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         Literal["greedy"], Meta(description="When a decode worker takes a request.")
     ] = "greedy"
 
+    tensor_parallel_size: Annotated[
+        Positive, Meta(description="GPUs (or groups of CPU cores) that share one worker's model.")
+    ] = 1
+    cpu_threads: Annotated[
+        Positive | None,
+        Meta(description="CPU threads of a rank. Default: equal shares; 1 for the built-in model."),
+    ] = None
+
     dtype: Annotated[str, Meta(description="Data type of weights and activations.")] = "auto"
     max_model_len: Annotated[
         Positive | None, Meta(description="Longest prompt plus answer. Default: the model's.")
@@ -73,7 +94,7 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         float, Meta(gt=0, le=1, description="Share of a GPU's memory for one worker.")
     ] = 0.9
     kv_cache_memory_bytes: Annotated[
-        Positive | None, Meta(description="KV cache per worker. Default: by device.")
+        Positive | None, Meta(description="KV cache on each rank of a worker. Default: by device.")
     ] = None
     enable_prefix_caching: Annotated[
         bool, Meta(description="Reuse KV blocks of equal prompt prefixes.")
@@ -118,10 +139,6 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         dict[str, float], Meta(description="Settings of the fake engine, name=value.")
     ] = {}
 
-    @property
-    def num_workers(self) -> int:
-        return self.prefill + self.decode
-
 
 def load(values: dict[str, Any]) -> ServeConfig:
     """A checked configuration from plain values. Raises `StartError` naming what is wrong."""
@@ -129,7 +146,7 @@ def load(values: dict[str, Any]) -> ServeConfig:
         config = msgspec.convert(values, ServeConfig)
     except msgspec.ValidationError as error:
         raise StartError(f"bad option: {error}") from error
-    if config.num_workers < 1:
+    if config.prefill == config.decode == 0:
         raise StartError("no worker: --prefill and --decode are both 0")
     if config.route == "split" and 0 in (config.prefill, config.decode):
         raise StartError("--route split needs at least one --prefill and one --decode worker")

@@ -82,10 +82,19 @@ class Server:
             assert (await self.state())["num_finished"] == num_finished
 
     async def num_descriptors(self, expected: int | None = None) -> int:
-        """Descriptors of the master; waits until there are no more than expected."""
+        """Descriptors of the master with nobody connected; waits until there are no more than
+        expected. libuv opens one of its own with the first connection, and keeps it."""
+        await self.state()
+
+        async def num_connected() -> int:
+            found = self.master.net_connections(kind="tcp")
+            return sum(one.status != psutil.CONN_LISTEN for one in found)
 
         async def look() -> int:
             return int(self.master.num_fds())
+
+        if expected is None:
+            await until(num_connected, lambda number: number == 0)
 
         return await until(look, lambda number: expected is None or number <= expected)
 

@@ -44,6 +44,11 @@ class Program:
         self._num_seen = 0
 
     @property
+    def written(self) -> str:
+        """Everything written so far, as the terminal got it."""
+        return self._read
+
+    @property
     def screen(self) -> str:
         """Everything written so far, without the terminal's control sequences."""
         return _ESCAPES.sub("", self._read)

@@ -8,6 +8,7 @@ import socket
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.e2e.serving import ServeProcess, run_to_end
@@ -45,7 +46,7 @@ def test_workers_that_are_too_slow(tmp_path: Path, timeout: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["/nowhere/at/all"], "no such model directory: /nowhere/at/all"),
+        (["/nowhere/at/all"], "no such model directory (nor a hub's org/name): /nowhere/at/all"),
         (["--log-dir", "/nowhere/at/all"], "cannot start the import process: "),
         (["--host", "256.1.1.1"], "address 256.1.1.1:0 cannot be used"),
     ],
@@ -70,7 +71,26 @@ def test_a_port_that_is_in_use(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         code, line = run_to_end(tmp_path, "--engine", "fake", "--port", str(port))
-    assert (code, line) == (2, f"tinfer: address 127.0.0.1:{port} is in use")
+    holder = f"process {os.getpid()} ({psutil.Process().name()})"
+    assert code == 2
+    assert line.startswith(f"tinfer: address 127.0.0.1:{port} is in use by {holder}; ")
+
+
+def test_a_port_of_a_server_that_still_starts(tmp_path: Path) -> None:
+    """It is taken from the first moment, so the second learns of it before it loads anything."""
+    server = ServeProcess(tmp_path, *fake_flags({"start_s": 1000.0}, prefill=1, decode=0))
+    try:
+        server.wait_progress("starting workers")
+        (port,) = {
+            c.laddr.port for c in server.family()[0].net_connections("tcp") if c.status == "LISTEN"
+        }
+        second = tmp_path / "second"
+        second.mkdir()
+        code, line = run_to_end(second, "--engine", "fake", "--port", str(port))
+        assert code == 2
+        assert f"127.0.0.1:{port} is in use by process {server.process.pid} (" in line
+    finally:
+        server.stop()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

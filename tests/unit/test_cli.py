@@ -15,9 +15,11 @@ from click.testing import CliRunner, Result
 
 import tinfer
 import tinfer.master.app
+import tinfer.master.preparation
 from tinfer.cli import main
 from tinfer.config import ServeConfig
 from tinfer.errors import StartError
+from tinfer.master.plan import Plan, WorkerPlan, text_of
 
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS = {field.name: field for field in msgspec.structs.fields(ServeConfig)}
@@ -124,6 +126,9 @@ def test_all_options_at_once(ran: Ran) -> None:
         (["--no-such-option"], "--no-such-option"),
         (["a", "b"], "b"),
         (["--prefill", "0", "--decode", "0"], "--prefill and --decode"),
+        (["--tensor-parallel-size", "0"], "--tensor-parallel-size"),
+        (["--cpu-threads", "0"], "--cpu-threads"),
+        (["--json", "-"], "--json goes with --dry-run"),
         (["--route", "split", "--decode", "0"], "--route split"),
     ],
 )
@@ -144,6 +149,82 @@ def test_a_start_that_fails_is_one_line(ran: Ran) -> None:
     ran.error = StartError("the port is in use")
     result = ran.serve()
     assert (result.exit_code, result.stderr) == (2, "tinfer: the port is in use\n")
+
+
+PLAN = Plan(
+    model="m",
+    directory="/m",
+    download_bytes=0,
+    dtype="bfloat16",
+    weights_bytes=1 << 20,
+    max_model_len=64,
+    kv_bytes_per_token=128,
+    tensor_parallel_size=1,
+    route="auto",
+    transport="none",
+    workers=(
+        WorkerPlan(
+            id="both-0",
+            role="both",
+            device="cpu",
+            label="core 0",
+            gpus=(),
+            cores=(0,),
+            threads=1,
+            memory_share=None,
+            weights_bytes=1 << 20,
+            kv_bytes=1 << 20,
+            kv_tokens=8192,
+        ),
+    ),
+    reasons=("it is so",),
+)
+
+
+def planned(ran: Ran, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Result:
+    """The command on a plan that is made up; nothing may be run."""
+    monkeypatch.setattr(tinfer.master.preparation, "dry_run", lambda config: PLAN)
+    result = ran.serve("--dry-run", *arguments)
+    assert ran.configs == []
+    return result
+
+
+def test_a_dry_run_prints_the_plan(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = planned(ran, monkeypatch)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout == text_of(PLAN) + "\n"
+
+
+def test_a_dry_runs_json_goes_to_a_file_beside_the_text(
+    ran: Ran, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "plan.json"
+    result = planned(ran, monkeypatch, "--json", str(path))
+    assert result.stdout == text_of(PLAN) + "\n"
+    assert msgspec.json.decode(path.read_bytes(), type=Plan) == PLAN
+
+
+def test_a_dry_runs_json_on_standard_output_is_alone(
+    ran: Ran, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = planned(ran, monkeypatch, "--json", "-")
+    assert msgspec.json.decode(result.stdout, type=Plan) == PLAN
+
+
+def test_a_dry_run_that_would_not_start_says_why(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_config: ServeConfig) -> Plan:
+        raise StartError("too large")
+
+    monkeypatch.setattr(tinfer.master.preparation, "dry_run", refuse)
+    result = ran.serve("--dry-run", "--json", "-")
+    assert (result.exit_code, result.stderr) == (2, "tinfer: too large\n")
+    assert msgspec.json.decode(result.stdout) == {"error": "too large"}
+
+
+def test_json_that_cannot_be_written(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = planned(ran, monkeypatch, "--json", "/no/such/folder/plan.json")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("tinfer: cannot write /no/such/folder/plan.json: ")
 
 
 def test_the_masters_exit_code_is_the_commands(ran: Ran) -> None:

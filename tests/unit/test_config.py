@@ -33,7 +33,6 @@ def test_every_option_is_described_in_one_sentence_or_two(name: str) -> None:
 def test_the_defaults_are_a_configuration() -> None:
     assert load({}) == ServeConfig()
     assert load(msgspec.structs.asdict(ServeConfig())) == ServeConfig()
-    assert ServeConfig().num_workers == 2
 
 
 @pytest.mark.parametrize(
@@ -43,6 +42,10 @@ def test_the_defaults_are_a_configuration() -> None:
         ("port", 65536),
         ("prefill", -1),
         ("decode", -1),
+        ("tensor_parallel_size", 0),
+        ("cpu_threads", 0),
+        ("prefill_devices", 0),
+        ("revision", 1),
         ("max_model_len", 0),
         ("max_num_seqs", 0),
         ("max_num_batched_tokens", 0),
@@ -93,7 +96,8 @@ def test_options_that_contradict_each_other(values: dict[str, Any], words: str) 
 @pytest.mark.parametrize("route", ["auto", "whole"])
 @pytest.mark.parametrize(("prefill", "decode"), [(0, 1), (1, 0)])
 def test_one_kind_of_worker_is_enough_to_serve_whole(route: str, prefill: int, decode: int) -> None:
-    assert load({"prefill": prefill, "decode": decode, "route": route}).num_workers == 1
+    config = load({"prefill": prefill, "decode": decode, "route": route})
+    assert (config.prefill, config.decode) == (prefill, decode)
 
 
 def test_a_configuration_does_not_change() -> None:

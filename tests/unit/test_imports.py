@@ -27,9 +27,12 @@ MAY_USE = {
     "predict": {"core"},
     "config": set[str](),
     "client": set[str](),
+    "chat": {"client"},
     "workloads": {"core"},
     "worker": {"wire", "core", "config"},
     "master": {"api", "wire", "core", "predict", "config"},
+    # Of the master only what tells which runs and cores there are; it starts nothing.
+    "doctor": {"master", "wire", "core", "config"},
     "sim": {"core", "predict", "workloads", "config"},
     "bench": {"client", "core", "workloads", "config"},
     **{leaf: set[str]() for leaf in LEAVES},
@@ -40,8 +43,15 @@ CLI_AT_IMPORT = {"click", "msgspec", "tinfer.cli", "tinfer.clock", "tinfer.confi
 VERSION = "tinfer.__version__"
 PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "shelve", "marshal"}
 VLLM_OUTSIDE_WORKER = {"tinfer.api.vllm_parsers"}
+TORCH_OUTSIDE_WORKER = {"tinfer.tiny_model.train"}  # run by hand, imported by nothing
 # Loaded on their own in a fresh interpreter: what serves HTTP and decides must not load engines.
-WITHOUT_ENGINE = ["tinfer.cli", "tinfer.core.scheduler", "tinfer.api.server", "tinfer.master.app"]
+WITHOUT_ENGINE = [
+    "tinfer.cli",
+    "tinfer.core.scheduler",
+    "tinfer.api.server",
+    "tinfer.master.app",
+    "tinfer.doctor.examination",
+]
 
 
 def module_name(path: Path) -> str:
@@ -93,7 +103,7 @@ def breaches(module: str, tree: ast.Module) -> list[str]:
     in_kv = module.startswith("tinfer.worker.kv")
     if "vllm" in roots and (not in_worker or in_kv) and module not in VLLM_OUTSIDE_WORKER:
         found.append("vllm")
-    if "torch" in roots and not in_worker:
+    if "torch" in roots and not in_worker and module not in TORCH_OUTSIDE_WORKER:
         found.append("torch")
     if part == "cli":
         known = (*CLI_AT_IMPORT, *sys.stdlib_module_names)

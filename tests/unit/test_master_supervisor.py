@@ -11,8 +11,9 @@ import pytest
 
 from tests.wire.samples import TO_MASTER
 from tinfer.config import load
+from tinfer.core.types import Role
 from tinfer.master import supervisor as module
-from tinfer.master.placement import place
+from tinfer.master.placement import Placement
 from tinfer.master.rundir import RunDirectory
 from tinfer.master.supervisor import Life, Supervisor, WorkerSlot
 from tinfer.wire.control import Forked, WorkerSpec
@@ -47,7 +48,7 @@ class Fleet:
         self.lost = asyncio.Event()
         self.supervisor = Supervisor(
             config,
-            place(config),
+            [Placement(worker_id="prefill-0", role=Role.PREFILL, device="cpu")],
             self.run_dir,
             "/m",
             lambda slot: self.up.append(slot.incarnation),
@@ -79,7 +80,7 @@ class Fleet:
         self.process.kill()
         self.process.wait()
         await self.supervisor.stop(lambda _worker: None)
-        self.run_dir.path.rmdir()
+        self.run_dir.remove()
 
 
 @pytest.fixture

@@ -7,7 +7,11 @@ from typing import Any
 
 import click
 
-_COMMANDS = {"serve": "Serve a model on an OpenAI-compatible API."}
+_COMMANDS = {
+    "serve": "Serve a model on an OpenAI-compatible API.",
+    "chat": "Chat in the terminal with a server, or with one started for it.",
+    "doctor": "Check this box, and say what to do about what it lacks.",
+}
 
 
 class _LazyGroup(click.Group):

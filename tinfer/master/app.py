@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
-import errno
 import logging
 import signal
 import socket
@@ -24,11 +24,16 @@ from tinfer.clock import MonotonicClock
 from tinfer.config import ServeConfig
 from tinfer.core import events
 from tinfer.core.scheduler import Scheduler
-from tinfer.core.types import Capacity, SchedulerConfig
+from tinfer.core.types import Capacity, Role, SchedulerConfig
 from tinfer.errors import NoWorker, StartError, TinferError
-from tinfer.master import model, report, transport
+from tinfer.master import report, transport
+from tinfer.master.cores import CoreClaims
+from tinfer.master.limits import client_descriptors, raise_descriptor_limit
+from tinfer.master.listener import Door, bind
 from tinfer.master.loop import Dispatcher
-from tinfer.master.placement import place
+from tinfer.master.pairing import Pairs, pair
+from tinfer.master.plan import Decision
+from tinfer.master.preparation import prepare
 from tinfer.master.rundir import RunDirectory
 from tinfer.master.service import MasterService, Mood
 from tinfer.master.supervisor import Life, Supervisor, WorkerSlot
@@ -40,10 +45,10 @@ log = logging.getLogger(__name__)
 _PR_SET_CHILD_SUBREAPER = 36
 # How often a drain looks whether the last request has ended.
 _DRAIN_POLL_S = 0.02
-# Connections that may wait to be accepted; the kernel cuts it to net.core.somaxconn.
-_BACKLOG = 4096
 # What a stop that may not wait still leaves the answers: enough for an error event each.
 _LAST_WORDS_S = 1.0
+# A Ctrl-C before there is anything to drain ends the command as the shell expects it.
+_EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 
 def run(config: ServeConfig) -> int:
@@ -54,33 +59,17 @@ def run(config: ServeConfig) -> int:
     )
     # Workers whose import process dies become our children, so that their end can be reaped.
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    listener = _bind(config.host, config.port)
-    try:
-        return uvloop.run(_serve(config, listener))
-    finally:
-        listener.close()
+    raise_descriptor_limit()
+    with bind(config.host, config.port) as listener, contextlib.closing(CoreClaims()) as claims:
+        try:
+            decision = prepare(config, claims)
+        except KeyboardInterrupt:
+            return _EXIT_INTERRUPTED
+        return uvloop.run(_serve(config, decision, listener))
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    """Take the port before anything heavy starts; clients are let in once all is ready."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise _address_error(host, port, error) from error
-    return listener
-
-
-def _address_error(host: str, port: int, error: OSError) -> StartError:
-    why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error}"
-    return StartError(f"address {host}:{port} {why}")
-
-
-async def _serve(config: ServeConfig, listener: socket.socket) -> int:
-    server = Server(config, listener)
+async def _serve(config: ServeConfig, decision: Decision, listener: socket.socket) -> int:
+    server = Server(config, decision, listener)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, server.on_signal)
@@ -96,13 +85,15 @@ async def _serve(config: ServeConfig, listener: socket.socket) -> int:
 class Server:
     """All parts of the master and their wiring."""
 
-    def __init__(self, config: ServeConfig, listener: socket.socket) -> None:
+    def __init__(self, config: ServeConfig, decision: Decision, listener: socket.socket) -> None:
         self._config = config
         self._listener = listener
-        self.model_dir, self._names = model.resolve(config)
-        self._placements = placements = place(config)
+        self.model_dir, self._names = decision.model.directory, decision.model.names
+        self._placements = placements = decision.placements
+        self._pairs: Pairs | None = None
         self._report = report.StartReport()
-        self._run_dir = RunDirectory()
+        self._door = Door(listener, client_descriptors(len(placements)))
+        self._run_dir = RunDirectory(listener.getsockname()[1])
         self._link = MasterLink(self._run_dir.socket_path, self._on_message)
         self._scheduler = Scheduler(
             SchedulerConfig(
@@ -173,14 +164,10 @@ class Server:
         )
         self._runner = create_runner(create_app(self._service, renderer, options))
         await self._runner.setup()
-        host, port = self._listener.getsockname()[:2]
-        try:
-            # By ourselves, since uvloop would drop the error and serve nobody.
-            self._listener.listen(_BACKLOG)
-        except OSError as error:  # another server bound the port as we did, and listened first
-            raise _address_error(host, port, error) from error
-        await web.SockSite(self._runner, self._listener, backlog=_BACKLOG).start()
+        assert self._runner.server is not None
+        self._door.open(self._runner.server)
         self._service.mood = Mood.SERVING
+        host, port = self._listener.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         report.show(
             report.ready_block(
@@ -214,10 +201,38 @@ class Server:
             if peer is not slot and peer.life is Life.READY and peer.ready is not None:
                 self._link.send(slot.incarnation, wire.PeerUp(*peer.incarnation, peer.ready.export))
                 self._link.send(peer.incarnation, wire.PeerUp(*slot.incarnation, ready.export))
+        if self._service is not None:
+            self._service.lower_max_model_len(ready.max_model_len)
+        if self._pairs is not None:
+            self._schedule_on(slot, self._pairs.role_of(slot.placement.role, ready.kv_format))
+        elif all(s.life is Life.READY for s in self._supervisor.slots.values()):
+            self._pair_all()
+
+    def _pair_all(self) -> None:
+        """All workers of the start are ready: who can hand blocks to whom is known only now."""
+        slots = list(self._supervisor.slots.values())
+        self._pairs = pairs = pair(
+            [
+                (slot.placement.worker_id, slot.placement.role, slot.ready.kv_format)
+                for slot in slots
+                if slot.ready is not None
+            ]
+        )
+        if self._config.route == "split" and not pairs.can_split:
+            self._all_ready.set_exception(StartError(f"--route split: {pairs.why_not}"))
+            return
+        self._supervisor.notes.update(pairs.notes)
+        for slot in slots:
+            self._schedule_on(slot, pairs.roles[slot.placement.worker_id])
+        self._all_ready.set_result(None)
+
+    def _schedule_on(self, slot: WorkerSlot, role: Role) -> None:
+        ready = slot.ready
+        assert ready is not None
         self._dispatcher.worker_event(
             events.WorkerUp(
                 *slot.incarnation,
-                role=slot.placement.role,
+                role=role,
                 capacity=Capacity(
                     num_blocks=ready.num_blocks,
                     block_tokens=ready.block_tokens,
@@ -226,10 +241,6 @@ class Server:
                 ),
             )
         )
-        if not self._all_ready.done() and all(
-            s.life is Life.READY for s in self._supervisor.slots.values()
-        ):
-            self._all_ready.set_result(None)
 
     def _worker_down(self, dead: Incarnation) -> None:
         self._dispatcher.worker_event(events.WorkerDown(*dead))
@@ -269,6 +280,7 @@ class Server:
         """Take everything down; also after a start that failed half-way."""
         error: TinferError = NoWorker("the server is stopping")
         self._dispatcher.fail_all(error)
+        self._door.close()
         if self._runner is not None:
             await self._end_answers(self._runner)
         if self._stop_now.is_set():

@@ -1,84 +1,105 @@
-"""Which worker runs on which device or core, and with which engine arguments."""
+"""Which worker runs on which CPU cores, and what the zygote is told about a worker.
+
+GPUs are given out in `gpu_placement`.
+"""
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Literal
 
 from msgspec import Struct
 
 from tinfer.config import ServeConfig
 from tinfer.core.types import Role
-from tinfer.errors import StartError
+from tinfer.master.cores import CoreClaims
 from tinfer.wire.control import WorkerSpec
 
-# On a CPU a worker's KV cache holds at least this much, and at least two longest requests, but
-# never more than its share of a quarter of the machine's memory.
-CPU_KV_BYTES = 256 << 20
 
+class Placement(Struct, frozen=True, kw_only=True):
+    """Where one worker lives, and its share of what it lives on.
 
-class Placement(Struct, frozen=True):
-    """Where one worker lives. `devices` are the GPUs that it sees, its own first."""
+    `devices` are the UUIDs of the GPUs that it sees, its own `tensor_parallel_size` first;
+    `gpu_names` are its own as a user names them. `cpus` are the cores of all its ranks, each of
+    which computes with `num_threads` threads on a CPU. `memory_share` is the part of its GPUs'
+    memory that it takes; `kv_bytes` is set where the engine is not to find out for itself, for each
+    rank alike.
+    """
 
     worker_id: str
     role: Role
     device: Literal["cpu", "cuda"]
     cpus: tuple[int, ...] = ()
+    num_threads: int = 1
     devices: tuple[str, ...] = ()
+    gpu_names: tuple[str, ...] = ()
+    tensor_parallel_size: int = 1
+    memory_share: float | None = None
+    kv_bytes: int | None = None
 
     @property
     def label(self) -> str:
         if self.device == "cuda":
-            return f"GPU {self.devices[0]}"
-        return "core " + ",".join(map(str, self.cpus)) if self.cpus else "CPU"
+            return f"GPU {'+'.join(self.gpu_names)}"
+        numbers = sorted(set(self.cpus))
+        return f"core{'s' * (len(numbers) > 1)} {_ranges(numbers)}" if numbers else "CPU"
+
+    @property
+    def own_devices(self) -> tuple[str, ...]:
+        return self.devices[: self.tensor_parallel_size]
 
 
-def place(config: ServeConfig) -> list[Placement]:
-    """One placement per worker, prefill workers first. Raises `StartError` if they do not fit."""
-    roles = [Role.PREFILL] * config.prefill + [Role.DECODE] * config.decode
-    gpus = visible_gpus() if config.engine == "vllm" else []
-    if gpus:
-        if len(roles) > len(gpus):
-            raise StartError(
-                f"{len(roles)} workers need {len(roles)} GPUs, {len(gpus)} visible: "
-                "lower --prefill or --decode"
-            )
-        return [
-            Placement(f"{role.value}-{n}", role, "cuda", devices=_own_first(gpus, i))
-            for i, (n, role) in enumerate(_numbered(roles))
-        ]
-    cores = sorted(os.sched_getaffinity(0))
+def on_cpu(config: ServeConfig, num_threads: int | None, claims: CoreClaims) -> list[Placement]:
+    """One placement per worker, prefill workers first: one prefill and one decode worker unless
+    told otherwise.
+
+    Each rank gets `num_threads` cores, by default an equal part of those that are free; with fewer
+    cores than ranks, workers share them (`claims.notes` says so).
+    """
+    prefill = 1 if config.prefill is None else config.prefill
+    decode = 1 if config.decode is None else config.decode
+    roles = [Role.PREFILL] * prefill + [Role.DECODE] * decode
+    num_ranks = len(roles) * config.tensor_parallel_size
+    if num_threads is None:
+        num_threads = max(1, claims.num_usable // num_ranks)
+        cores = claims.take(num_ranks, num_ranks * num_threads)
+        num_threads = len(cores) // num_ranks
+    else:
+        cores = claims.take(num_ranks * num_threads)
+    size = config.tensor_parallel_size * num_threads
     return [
-        Placement(f"{role.value}-{n}", role, "cpu", cpus=(cores[i % len(cores)],))
-        for i, (n, role) in enumerate(_numbered(roles))
+        Placement(
+            worker_id=worker_id,
+            role=role,
+            device="cpu",
+            cpus=tuple(cores[i * size : (i + 1) * size]),
+            num_threads=num_threads,
+            tensor_parallel_size=config.tensor_parallel_size,
+            kv_bytes=config.kv_cache_memory_bytes,
+        )
+        for i, (worker_id, role) in enumerate(named(roles))
     ]
 
 
-def _numbered(roles: list[Role]) -> list[tuple[int, Role]]:
+def named(roles: Sequence[Role]) -> list[tuple[str, Role]]:
+    """Worker ids: the role and a number within the role."""
     seen: dict[Role, int] = {}
-    numbered = []
+    ids = []
     for role in roles:
-        numbered.append((seen.get(role, 0), role))
+        ids.append((f"{role.value}-{seen.get(role, 0)}", role))
         seen[role] = seen.get(role, 0) + 1
-    return numbered
+    return ids
 
 
-def _own_first(gpus: list[str], index: int) -> tuple[str, ...]:
-    """A peer's GPU has to be visible to open its memory, so every worker sees all of them."""
-    return (gpus[index], *(g for i, g in enumerate(gpus) if i != index))
-
-
-def visible_gpus() -> list[str]:
-    """The NVIDIA GPUs that this process may use, found without loading CUDA."""
-    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if allowed is not None:
-        return [name.strip() for name in allowed.split(",") if name.strip() not in ("", "-1")]
-    minors = Path("/proc/driver/nvidia/gpus")
-    if not minors.is_dir():
-        return []
-    return [str(i) for i in range(len(list(minors.iterdir())))]
+def _ranges(numbers: Sequence[int]) -> str:
+    """Sorted numbers for a reader: "0-3,8"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
 
 
 def worker_spec(
@@ -103,22 +124,22 @@ def worker_spec(
         log_path=log_path,
         kv_transport=transport,
         device=placement.device,
-        cpus=list(placement.cpus),
+        cpus=list(dict.fromkeys(placement.cpus)),
         environment=environment,
-        engine_args=_engine_args(config, placement, model_dir),
+        engine_args=_engine_args(config, placement),
         lease_ttl_s=config.lease_ttl,
         fake=config.fake_engine,
+        tensor_parallel_size=placement.tensor_parallel_size,
+        num_threads=placement.num_threads,
     )
 
 
-def _engine_args(
-    config: ServeConfig, placement: Placement, model_dir: str
-) -> dict[str, str | int | float | bool]:
+def _engine_args(config: ServeConfig, placement: Placement) -> dict[str, str | int | float | bool]:
     arguments: dict[str, str | int | float | bool] = {
         "dtype": config.dtype,
         "max_num_seqs": config.max_num_seqs,
-        "max_num_batched_tokens": max(config.max_num_batched_tokens, config.max_num_seqs),
-        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "max_num_batched_tokens": step_tokens(config),
+        "gpu_memory_utilization": placement.memory_share or config.gpu_memory_utilization,
         "enable_prefix_caching": config.enable_prefix_caching,
         "enforce_eager": config.enforce_eager,
         "trust_remote_code": config.trust_remote_code,
@@ -128,23 +149,11 @@ def _engine_args(
         arguments["max_model_len"] = config.max_model_len
     if config.block_size is not None:
         arguments["block_size"] = config.block_size
-    kv_bytes = config.kv_cache_memory_bytes
-    if kv_bytes is None and placement.device == "cpu" and config.engine == "vllm":
-        kv_bytes = default_cpu_kv_bytes(config, model_dir)
-    if kv_bytes is not None:
-        arguments["kv_cache_memory_bytes"] = kv_bytes
+    if placement.kv_bytes is not None:
+        arguments["kv_cache_memory_bytes"] = placement.kv_bytes
     return arguments
 
 
-def default_cpu_kv_bytes(config: ServeConfig, model_dir: str) -> int:
-    """KV bytes of one CPU worker: room for two longest requests, within a quarter of the memory."""
-    model = json.loads((Path(model_dir) / "config.json").read_text())
-    model = model.get("text_config", model)
-    heads = model.get("num_attention_heads", 1)
-    head_dim = model.get("head_dim") or model.get("hidden_size", 1) // heads
-    kv_heads = model.get("num_key_value_heads") or heads
-    bytes_per_token: int = 2 * 2 * model.get("num_hidden_layers", 1) * kv_heads * head_dim
-    longest: int = config.max_model_len or model.get("max_position_embeddings", 4096)
-    wanted = max(CPU_KV_BYTES, 2 * longest * bytes_per_token)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(wanted, memory // 4 // config.num_workers)
+def step_tokens(config: ServeConfig) -> int:
+    """Tokens per step: room for one of every sequence."""
+    return max(config.max_num_batched_tokens, config.max_num_seqs)

@@ -58,7 +58,7 @@ def ready_block(
     lines = [
         f"tinfer {__version__} serves {name} on {url}",
         *(_worker_line("workers" if i == 0 else "", s, width) for i, s in enumerate(slots)),
-        f"  {'hand-off':<9} {choice.name} ({choice.reason})",
+        f"  {'hand-off':<9} {_handoff(choice, len(slots))}",
         f"  {'chunk':<9} {first.chunk_tokens} tokens; route {config.route}; "
         f"up to {first.max_model_len} tokens per request",
         f"  {'started':<9} in {elapsed_s:.1f} s",
@@ -67,6 +67,12 @@ def ready_block(
     if config.engine == "fake":
         lines.append(f"  {'note':<9} the fake engine answers with seeded nonsense")
     return "\n".join(lines)
+
+
+def _handoff(choice: Choice, num_workers: int) -> str:
+    if num_workers == 1:
+        return "none (one worker does both phases)"
+    return f"{choice.name} ({choice.reason})"
 
 
 def _worker_line(head: str, slot: WorkerSlot, width: int) -> str:

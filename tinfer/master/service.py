@@ -47,6 +47,11 @@ class MasterService:
     def model(self) -> ModelCard:
         return self._model
 
+    def lower_max_model_len(self, max_model_len: int) -> None:
+        """A worker has come up anew and takes no longer requests: from now on nobody's may be."""
+        least = min(self._model.max_model_len, max_model_len)
+        self._model = msgspec.structs.replace(self._model, max_model_len=least)
+
     def submit(self, generation: Generation) -> Stream:
         if self.mood is not Mood.SERVING:
             raise NoWorker(f"the server is {self.mood.value}")

@@ -29,25 +29,38 @@ class Choice(Struct, frozen=True):
     error: str = ""
 
 
+def expect(config: ServeConfig, placements: list[Placement]) -> str:
+    """What the plan says of it before any probe. Raises `StartError` for what can never be."""
+    if placements[0].device == "cpu":
+        return _on_cpu_or_error(config.kv_transport).reason
+    if config.kv_transport == "shm":
+        raise StartError("--kv-transport shm: it moves CPU memory, and the workers are on GPUs")
+    if len(placements) == 1:
+        return "none: there is one worker"
+    if config.kv_transport == "auto":
+        return "cuda-ipc if a probe shows that it works, else through pinned host memory"
+    return f"{config.kv_transport}, as asked for"
+
+
 async def choose(config: ServeConfig, placements: list[Placement]) -> Choice:
     """What `--kv-transport` comes down to here. Raises `StartError` if it cannot be had."""
     if placements[0].device == "cpu":
-        choice = _on_cpu(config.kv_transport)
-    else:
-        choice = await _probed(config.kv_transport, placements)
+        return _on_cpu_or_error(config.kv_transport)
+    choice = await _probed(config.kv_transport, placements)
     if choice.error:
         raise StartError(f"--kv-transport {config.kv_transport}: {choice.error}")
     return choice
 
 
-def _on_cpu(requested: str) -> Choice:
+def _on_cpu_or_error(requested: str) -> Choice:
     if requested in ("auto", "shm"):
         return Choice("shm", "workers on CPU share memory")
-    return Choice(error=f"{requested} moves GPU memory, and the workers are on CPU")
+    raise StartError(f"--kv-transport {requested}: it moves GPU memory, and the workers are on CPU")
 
 
 async def _probed(requested: str, placements: list[Placement]) -> Choice:
-    devices = [placement.devices[0] for placement in placements]
+    # A GPU that workers share, or a rank's of several, counts once: CUDA takes no name twice.
+    devices = list(dict.fromkeys(uuid for p in placements for uuid in p.own_devices))
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import getpass
 import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +19,8 @@ import msgspec
 
 from tinfer.config import ServeConfig
 from tinfer.errors import WorkerCannotStart
+from tinfer.master.limits import limit_workers
+from tinfer.master.rundir import TEMP_NAME
 from tinfer.wire.control import Control, Fork, FrameReader, WorkerSpec, pack
 
 log = logging.getLogger(__name__)
@@ -67,9 +71,10 @@ class ZygoteLink:
                     stdin=subprocess.DEVNULL,
                     stdout=log_file,
                     stderr=log_file,
-                    env=_environment(config),
+                    env=_environment(config, run_dir),
                     start_new_session=True,
                 )
+            limit_workers(self._process.pid)
         except OSError as error:
             self._socket.close()
             raise WorkerCannotStart(f"cannot start the import process: {error}") from error
@@ -154,13 +159,27 @@ def _command(config: ServeConfig, run_dir: Path, control_fd: int, lifeline_fd: i
     ]
 
 
-def _environment(config: ServeConfig) -> dict[str, str]:
+def _environment(config: ServeConfig, run_dir: Path) -> dict[str, str]:
     """The workers' environment. One OpenMP thread per worker keeps the import process at one
     thread, so that it can fork, and keeps a worker's results independent of the batch."""
     environment = dict(os.environ)
+    # An engine leaves files there (`vllm_dist_*`, which torch's FileStore removes only in its
+    # destructor) and a worker ends without destructors; so they go with the run directory. The one
+    # cache that by default is in the temporary directory stays where it is kept.
+    environment.setdefault("TORCHINDUCTOR_CACHE_DIR", _inductor_cache())
+    environment["TMPDIR"] = str(run_dir / TEMP_NAME)
     environment["OMP_NUM_THREADS"] = "1"
     environment.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(ONEDNN_KERNELS))
     # A value from the user's shell would override `--kv-cache-memory-bytes`, in whole GiB.
     environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
     environment.setdefault("VLLM_LOGGING_LEVEL", "DEBUG" if config.verbose else "INFO")
     return environment
+
+
+def _inductor_cache() -> str:
+    """Where torch would keep compiled kernels (`default_cache_dir` in torch/_inductor, 2.13)."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a uid without an account, as in many containers
+        user = f"uid_{os.getuid()}"
+    return os.path.join(tempfile.gettempdir(), f"torchinductor_{user.replace(os.sep, '_')}")

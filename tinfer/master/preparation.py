@@ -1,0 +1,51 @@
+"""What happens before any process of ours is started: decide, say it, download."""
+
+from __future__ import annotations
+
+import contextlib
+
+import click
+import msgspec
+
+from tinfer.config import ServeConfig
+from tinfer.master import hub, plan
+from tinfer.master.conflicts import check_gpus
+from tinfer.master.cores import CoreClaims
+from tinfer.master.hub_fetch import fetch
+from tinfer.master.limits import client_descriptors, raise_descriptor_limit
+from tinfer.master.listener import bind
+from tinfer.master.plan import Decision, Plan
+
+
+def prepare(config: ServeConfig, claims: CoreClaims) -> Decision:
+    """Decide, print the plan on standard error, and have the model's files in place.
+
+    Blocks; a Ctrl-C ends it at once. Raises `StartError`.
+    """
+    decision = _decide(config, claims)
+    click.echo(plan.text_of(decision.plan), err=True)
+    model = decision.model
+    if model.hub is None or not model.hub.missing:
+        return decision
+    size = hub.gb(model.hub.missing_bytes)
+    click.echo(f"downloading {len(model.hub.missing)} files, {size} (Ctrl-C is safe)", err=True)
+    there = msgspec.structs.replace(model, directory=fetch(model.hub))
+    return msgspec.structs.replace(decision, model=there)
+
+
+def dry_run(config: ServeConfig) -> Plan:
+    """The plan, with nothing started and no weights downloaded.
+
+    Raises `StartError` where a start would end with one before its first process.
+    """
+    with bind(config.host, config.port), contextlib.closing(CoreClaims()) as claims:
+        decision = _decide(config, claims)
+        raise_descriptor_limit()
+        client_descriptors(len(decision.placements))
+        return decision.plan
+
+
+def _decide(config: ServeConfig, claims: CoreClaims) -> Decision:
+    decision = plan.decide(config, plan.look_around(config, claims))
+    check_gpus(decision.placements)
+    return decision
