@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,19 @@ class ServeProcess:
     """One `tinfer serve` in its own session, with its standard output and error kept in files."""
 
     def __init__(
-        self, log_dir: Path, *arguments: str, environment: dict[str, str] | None = None
+        self,
+        log_dir: Path,
+        *arguments: str,
+        environment: dict[str, str] | None = None,
+        prefix: Sequence[str] = (),
     ) -> None:
+        """`prefix` is a command that changes what the server may do and then becomes it."""
         self.log_dir = log_dir
         self._out = log_dir / "serve.out"
         self._err = log_dir / "serve.err"
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tinfer", "serve", "--port", "0", *arguments],
+                [*prefix, sys.executable, "-m", "tinfer", "serve", "--port", "0", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -116,10 +121,13 @@ class ServeProcess:
 
 @contextlib.contextmanager
 def serving(
-    log_dir: Path, *arguments: str, environment: dict[str, str] | None = None
+    log_dir: Path,
+    *arguments: str,
+    environment: dict[str, str] | None = None,
+    prefix: Sequence[str] = (),
 ) -> Iterator[ServeProcess]:
     """A ready server, taken down at the end."""
-    server = ServeProcess(log_dir, *arguments, environment=environment)
+    server = ServeProcess(log_dir, *arguments, environment=environment, prefix=prefix)
     try:
         server.wait_ready()
         yield server
@@ -128,10 +136,13 @@ def serving(
 
 
 def run_to_end(
-    log_dir: Path, *arguments: str, environment: dict[str, str] | None = None
+    log_dir: Path,
+    *arguments: str,
+    environment: dict[str, str] | None = None,
+    prefix: Sequence[str] = (),
 ) -> tuple[int, str]:
     """Run a server that cannot start: its exit code and the line that says why."""
-    server = ServeProcess(log_dir, *arguments, environment=environment)
+    server = ServeProcess(log_dir, *arguments, environment=environment, prefix=prefix)
     try:
         return server.wait_end(), server.error_line
     finally:

@@ -1,7 +1,8 @@
 """What comes through the split is what one plain vLLM engine answers, token by token.
 
 The prompts are random and sent all at once, so that chunks, batches and hand-offs of different
-requests overlap; every engine has one thread, with which results do not depend on the batch.
+requests overlap. The model is the random one, whose every token depends on the whole prompt; every
+engine has one thread, with which results do not depend on the batch.
 """
 
 from __future__ import annotations
@@ -141,16 +142,16 @@ def _compare(cases: list[Case], wanted: list[Any], answers: list[list[Answer]]) 
 
 @pytest.mark.parametrize("kind", ["greedy", "sampled", "structured"])
 async def test_split_equals_one_engine(
-    server: ServeProcess, model_dir: str, kind: str, tmp_path: Path
+    random_server: ServeProcess, random_model_dir: str, kind: str, tmp_path: Path
 ) -> None:
     rng = random.Random(20261121)
     cases = {"greedy": _greedy, "sampled": _sampled, "structured": _structured}[kind](rng)
-    wanted = await asyncio.to_thread(_run_reference, model_dir, cases, tmp_path)
-    before = await get_json(f"{server.url}/debug/state")
-    answers = await complete_all(server.url, [_body("tiny", case) for case in cases])
+    wanted = await asyncio.to_thread(_run_reference, random_model_dir, cases, tmp_path)
+    before = await get_json(f"{random_server.url}/debug/state")
+    answers = await complete_all(random_server.url, [_body("tiny", case) for case in cases])
     _compare(cases, wanted, answers)
-    await until_idle(server.url)
-    after = await get_json(f"{server.url}/debug/state")
+    await until_idle(random_server.url)
+    after = await get_json(f"{random_server.url}/debug/state")
     _check_that_decode_computed_no_prompt(before, after, cases)
 
 
@@ -177,7 +178,7 @@ def _check_that_decode_computed_no_prompt(
 
 
 async def test_stop_strings_across_the_first_tokens(
-    server: ServeProcess, model_dir: str, tmp_path: Path
+    random_server: ServeProcess, random_model_dir: str, tmp_path: Path
 ) -> None:
     """Stop strings made from what each prompt really answers: within token 1, across 1-2, across
     2-3, and later; excluded from and included in the text."""
@@ -185,7 +186,7 @@ async def test_stop_strings_across_the_first_tokens(
     base: list[Case] = [
         {"prompt": _prompt(rng), "params": {"max_tokens": OUTPUT_TOKENS}} for _ in range(40)
     ]
-    plain = await asyncio.to_thread(_run_reference, model_dir, base, tmp_path)
+    plain = await asyncio.to_thread(_run_reference, random_model_dir, base, tmp_path)
     cases: list[Case] = []
     for case, (answer,) in zip(base, plain, strict=True):
         text = answer["text"]
@@ -200,15 +201,15 @@ async def test_stop_strings_across_the_first_tokens(
                     }
                     cases.append({"prompt": case["prompt"], "params": params})
     assert len(cases) >= 100
-    wanted = await asyncio.to_thread(_run_reference, model_dir, cases, tmp_path)
-    answers = await complete_all(server.url, [_body("tiny", case) for case in cases])
+    wanted = await asyncio.to_thread(_run_reference, random_model_dir, cases, tmp_path)
+    answers = await complete_all(random_server.url, [_body("tiny", case) for case in cases])
     _compare(cases, wanted, answers)
     assert sum(a.finish_reason == "stop" for (a,) in answers) >= 100
-    await until_idle(server.url)
+    await until_idle(random_server.url)
 
 
 async def test_first_token_inside_a_character(
-    server: ServeProcess, model_dir: str, tmp_path: Path
+    random_server: ServeProcess, random_model_dir: str, tmp_path: Path
 ) -> None:
     """A grammar makes the answer start with multi-byte characters: the first token alone has no
     text, and the character leaves whole with a later one."""
@@ -223,8 +224,8 @@ async def test_first_token_inside_a_character(
         for guide in guides
         for extra in extras
     ]
-    wanted = await asyncio.to_thread(_run_reference, model_dir, cases, tmp_path)
-    answers = await complete_all(server.url, [_body("tiny", case) for case in cases])
+    wanted = await asyncio.to_thread(_run_reference, random_model_dir, cases, tmp_path)
+    answers = await complete_all(random_server.url, [_body("tiny", case) for case in cases])
     _compare(cases, wanted, answers)
     for (answer,) in answers:
         assert answer.prefixes[0] == "", "the first byte of a character was sent as text"
@@ -232,13 +233,13 @@ async def test_first_token_inside_a_character(
 
 
 async def test_whole_equals_one_engine(
-    whole_server: ServeProcess, model_dir: str, tmp_path: Path
+    random_whole_server: ServeProcess, random_model_dir: str, tmp_path: Path
 ) -> None:
     rng = random.Random(6)
     cases = _greedy(rng)[:60] + _sampled(rng)[:40]
-    wanted = await asyncio.to_thread(_run_reference, model_dir, cases, tmp_path)
-    answers = await complete_all(whole_server.url, [_body("tiny", case) for case in cases])
+    wanted = await asyncio.to_thread(_run_reference, random_model_dir, cases, tmp_path)
+    answers = await complete_all(random_whole_server.url, [_body("tiny", case) for case in cases])
     _compare(cases, wanted, answers)
-    state = await get_json(f"{whole_server.url}/debug/state")
+    state = await get_json(f"{random_whole_server.url}/debug/state")
     assert all(worker["engine"]["num_pulls"] == 0 for worker in state["workers"])
-    await until_idle(whole_server.url)
+    await until_idle(random_whole_server.url)

@@ -37,12 +37,12 @@ pytestmark = pytest.mark.timeout(300)
 
 @pytest.fixture(scope="module")
 def fragile(
-    tmp_path_factory: pytest.TempPathFactory, model_dir: str, leak_baseline: LeakBaseline
+    tmp_path_factory: pytest.TempPathFactory, random_model_dir: str, leak_baseline: LeakBaseline
 ) -> Iterator[ServeProcess]:
     folder = tmp_path_factory.mktemp("fragile")
     shape = ("--prefill", "1", "--decode", "2", "--route", "split", "--lease-ttl", str(LEASE_TTL_S))
     names = ("--served-model-name", "tiny", "--log-dir", str(folder))
-    with serving(folder, model_dir, *names, *shape) as process:
+    with serving(folder, random_model_dir, *names, *shape) as process:
         leak_baseline.own_process(process.process.pid)
         leak_baseline.own_path(process.run_dir())
         yield process
