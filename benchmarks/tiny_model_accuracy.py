@@ -11,21 +11,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
 import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.added_latency import hardware
 from tests.e2e.accuracy import accuracy, questions, through_plain_engine, through_server
 from tests.e2e.serving import serving
 from tinfer.tiny_model import MODEL_DIR
-
-
-def hardware() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((x.split(": ")[1] for x in lines if x.startswith("model name")), "")
-    return f"{model or platform.machine()}, {os.cpu_count()} cores"
 
 
 def main() -> None:

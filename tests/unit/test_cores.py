@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tinfer.master.cores import CoreClaims, UsableCores, cpu_quota, usable_cores
+from tinfer.cgroup import cpu_quota
+from tinfer.master.cores import CoreClaims, UsableCores, usable_cores
 
 Claimer = Callable[..., CoreClaims]
 

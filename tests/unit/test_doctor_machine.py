@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tinfer.cgroup import cpu_quota
 from tinfer.doctor import hub, limits, machine, ports, shared_memory
 from tinfer.doctor.finding import Finding, size
 from tinfer.doctor.shared_memory import Copied, Room
-from tinfer.master.cores import cpu_quota
 from tinfer.master.host_memory import HostMemory
 
 GIB = 1 << 30

@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 # No part of tinfer below them; every part may use them.
-LEAVES = {"clock", "errors", "tiny_model"}
+LEAVES = {"cgroup", "clock", "errors", "tiny_model"}
 MAY_USE = {
     "core": set[str](),
     "wire": {"core"},

@@ -6,8 +6,8 @@ import os
 import resource
 from collections.abc import Collection
 
+from tinfer.cgroup import cpu_quota
 from tinfer.doctor.finding import Finding, fault, ok, size, warning
-from tinfer.master.cores import cpu_quota
 from tinfer.master.host_memory import HostMemory, host_memory
 from tinfer.master.limits import MIN_CLIENTS, RESERVED_DESCRIPTORS, RESERVED_PER_WORKER
 

@@ -7,14 +7,14 @@ names are per network namespace, so servers in different containers do not see e
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 from msgspec import Struct
+
+from tinfer.cgroup import CGROUPS, PROC, cpu_quota
 
 
 class UsableCores(Struct, frozen=True):
@@ -24,7 +24,7 @@ class UsableCores(Struct, frozen=True):
     num_usable: int
 
 
-def usable_cores(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> UsableCores:
+def usable_cores(proc: Path = PROC, cgroups: Path = CGROUPS) -> UsableCores:
     """The affinity mask, cut by the cgroup's CPU quota to as many cores as the quota can fill."""
     numbers = tuple(sorted(os.sched_getaffinity(0)))
     quota = cpu_quota(proc, cgroups)
@@ -105,36 +105,3 @@ class CoreClaims:
             claim.close()
         self._claims.clear()
         self._borrowed.clear()
-
-
-def cpu_quota(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """CPU time per time that the control groups (v1 or v2) leave this process, if they limit it."""
-    quotas: list[float] = []
-    for line in _text(proc / "self" / "cgroup").splitlines():
-        number, controllers, path = line.split(":", 2)
-        if number == "0":
-            quotas += _quotas(cgroups, path, ("cpu.max",))
-        elif "cpu" in controllers.split(","):
-            quotas += _quotas(cgroups / "cpu", path, ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
-    return min(quotas, default=None)
-
-
-def _quotas(root: Path, path: str, names: tuple[str, ...]) -> Iterator[float]:
-    """The quota of every group from the process's own up to the root. A container's path often
-    names a level that is not mounted there; its limits are then at the root."""
-    group = root / path.lstrip("/")
-    for level in (group, *group.parents):
-        words = [word for name in names for word in _text(level / name).split()]
-        if len(words) == 2 and words[0] not in ("max", "-1"):
-            with contextlib.suppress(ValueError, ZeroDivisionError):
-                yield int(words[0]) / int(words[1])
-        if level == root:
-            return
-
-
-def _text(path: Path) -> str:
-    """What a kernel file says; nothing where this kernel or container has no such file."""
-    try:
-        return path.read_text()
-    except OSError:
-        return ""

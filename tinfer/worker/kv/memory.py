@@ -12,7 +12,7 @@ import ctypes
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 from torch.overrides import TorchFunctionMode
 
+from tinfer.cgroup import CGROUPS, PROC, memory_limits, read_text
 from tinfer.worker.kv.errors import KVMemoryError
 from tinfer.worker.kv.shm import ShmDescriptor, attach_mmap, close_mmap, create_memfd, describe
 
@@ -29,64 +30,18 @@ _SLICE_BYTES = 16 << 20
 _RESERVE_BYTES = 64 << 20  # left to the rest of the process when a limit is checked
 
 
-def available_bytes(
-    proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")
-) -> tuple[int, str]:
-    """Return how much more memory this process may take, and the limit that says so.
-
-    The least of MemAvailable and what every memory cgroup (v1 or v2) above the process has left.
-    """
-    limits = [(_mem_available(proc), "MemAvailable")]
-    for line in _lines(proc / "self" / "cgroup"):
-        number, controllers, path = line.split(":", 2)
-        if number == "0":
-            limits += _cgroup_limits(
-                cgroups, path, "memory.max", "memory.current", "inactive_file "
-            )
-        elif "memory" in controllers.split(","):
-            limits += _cgroup_limits(
-                cgroups / "memory",
-                path,
-                "memory.limit_in_bytes",
-                "memory.usage_in_bytes",
-                "total_inactive_file ",
-            )
-    return min(limits)
+def available_bytes(proc: Path = PROC, cgroups: Path = CGROUPS) -> tuple[int, str]:
+    """Return how much more memory this process may take, and the limit that says so: MemAvailable,
+    or a memory control group that has less left."""
+    groups = [(limit.left_bytes, str(limit.file)) for limit in memory_limits(proc, cgroups)]
+    return min([(_mem_available(proc), "MemAvailable"), *groups])
 
 
 def _mem_available(proc: Path) -> int:
-    for line in _lines(proc / "meminfo"):
+    for line in read_text(proc / "meminfo").splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     raise KVMemoryError(f"{proc / 'meminfo'} names no MemAvailable")
-
-
-def _cgroup_limits(
-    root: Path, path: str, limit_name: str, usage_name: str, cache_key: str
-) -> Iterator[tuple[int, str]]:
-    """Yield what is left under each limit from the process's own group up to the root."""
-    group = root / path.lstrip("/")
-    while True:
-        limit, usage = _lines(group / limit_name), _lines(group / usage_name)
-        if limit and usage and limit[0] != "max":
-            # Page cache that was not used lately is given back by the kernel before it says no.
-            reclaimable = sum(
-                int(line.split()[1])
-                for line in _lines(group / "memory.stat")
-                if line.startswith(cache_key)
-            )
-            yield int(limit[0]) - int(usage[0]) + reclaimable, str(group / limit_name)
-        if group == root or root not in group.parents:
-            return
-        group = group.parent
-
-
-def _lines(path: Path) -> list[str]:
-    """Return the lines of a kernel file; none where this kernel has no such file."""
-    try:
-        return path.read_text().splitlines()
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return []
 
 
 class ShmBuffer:
