@@ -10,6 +10,7 @@ import click
 _COMMANDS = {
     "serve": "Serve a model on an OpenAI-compatible API.",
     "chat": "Chat in the terminal with a server, or with one started for it.",
+    "bench": "Measure a running server, and draw what was measured.",
     "doctor": "Check this box, and say what to do about what it lacks.",
 }
 
