@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from tinfer.cli import bench_compare, bench_model
 from tinfer.errors import StartError
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ ParsedT = TypeVar("ParsedT")
 @click.group("bench", no_args_is_help=True)
 def command() -> None:
     """Measure a running server, and draw what was measured."""
+
+
+command.add_command(bench_compare.command)
+command.add_command(bench_model.command)
 
 
 @command.command("serve", epilog=_SERVE_EPILOG)

@@ -1,0 +1,283 @@
+"""`tinfer bench compare` from options to exit code: plan, measure, compare, report.
+
+The result (`--json`) is one object:
+
+| key | holds |
+|---|---|
+| `date`, `command`, `versions`, `hardware`, `settings`, `seed` | what it takes to run it again |
+| `ended_early` | null, "interrupted", or why the measuring ended before its end |
+| `arms` | of each: `name`, `kind`, and `servers` with command lines (port aside) and environment |
+| `unloaded` | by request class: medians alone on one replica, in seconds |
+| `slos` | by level and class: bounds in milliseconds |
+| `full_load` | by workload: the rate that 100 % stands for, the arm that keeps up, all probes |
+| `runs` | every run in its order, `figures` as `tinfer bench serve` names them |
+| `points` | by workload and load: `arms` -> metric (see `metrics`) -> `value`, `ratio`, `verdict` |
+| `losses`, `wins` | metrics of tinfer arms whose whole interval is on one side, farthest first |
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import uvloop
+
+from tinfer.bench.compare import report
+from tinfer.bench.compare.arms import Arm, servers_of
+from tinfer.bench.compare.comparison import PointResult, compare_point, lines_of
+from tinfer.bench.compare.hardware import hardware_of, versions
+from tinfer.bench.compare.limits import slos_of
+from tinfer.bench.compare.options import CompareOptions, usable_cores, with_devices
+from tinfer.bench.compare.session import Recorded, Run, record
+from tinfer.bench.compare.steps import points_of, steps_of
+from tinfer.errors import StartError
+
+EXIT_OK = 0
+EXIT_ENDED_EARLY = 1
+EXIT_INTERRUPTED = 130
+
+
+def run(options: CompareOptions, arms: Sequence[Arm]) -> int:
+    """Measure and report; returns the exit code.
+
+    0: everything was measured; 1: a server failed on the way, and what was measured by then is
+    reported; 130: interrupted, likewise. Raises `StartError` and `OSError` where nothing was.
+    """
+    options = with_devices(options, options.cores or usable_cores())
+    _check(options, arms)
+    if options.dry_run:
+        sys.stdout.writelines(f"{line}\n" for line in dry_run_lines(options, arms))
+        return EXIT_OK
+    date = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    recorded = _recorded(options, arms)
+    points = compared(options, arms, recorded)
+    result = result_of(options, arms, recorded, points, date)
+    _write(options, arms, result, points, recorded)
+    if recorded.ended_early is None:
+        return EXIT_OK
+    return EXIT_INTERRUPTED if recorded.ended_early == "interrupted" else EXIT_ENDED_EARLY
+
+
+def _check(options: CompareOptions, arms: Sequence[Arm]) -> None:
+    names = [arm.name for arm in arms]
+    if options.baseline is not None and options.baseline not in names:
+        raise StartError(f"--baseline {options.baseline} is none of {', '.join(names)}")
+    if options.plot_dir is not None and not options.dry_run:
+        from tinfer.bench.plots import require_matplotlib
+
+        require_matplotlib()
+        options.plot_dir.mkdir(parents=True, exist_ok=True)
+    if options.json_path not in (None, "-"):
+        path = Path(str(options.json_path))
+        if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+            raise StartError(f"cannot write {path}")
+
+
+def _recorded(options: CompareOptions, arms: Sequence[Arm]) -> Recorded:
+    """Measure on the devices' cores alone, which are this process's too for that time."""
+    before = usable_cores()
+    # vLLM leaves files in its temporary directory when it ends.
+    with tempfile.TemporaryDirectory(prefix="tinfer-compare-") as scratch:
+        (options.log_dir or Path(scratch)).mkdir(parents=True, exist_ok=True)
+        if options.cores:
+            os.sched_setaffinity(0, options.cores)
+        try:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                return runner.run(_until_ctrl_c(options, arms, Path(scratch)))
+        finally:
+            os.sched_setaffinity(0, before)
+
+
+async def _until_ctrl_c(options: CompareOptions, arms: Sequence[Arm], scratch: Path) -> Recorded:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        return await record(options, arms, scratch, stop, _say)
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+    sys.stderr.flush()
+
+
+def compared(options: CompareOptions, arms: Sequence[Arm], recorded: Recorded) -> list[PointResult]:
+    """Every point of which all arms have a whole repetition."""
+    replicas = [arm.name for arm in arms if arm.is_replicas]
+    candidates = [options.baseline] if options.baseline is not None else replicas
+    results = []
+    for number, point in enumerate(points_of(options)):
+        mine = [run for run in recorded.runs if run.step.point == point]
+        mine.sort(key=lambda run: run.step.repetition)
+        samples = {
+            arm.name: [run.sample for run in mine if run.step.arm == arm.name] for arm in arms
+        }
+        if mine:
+            rate_rps = mine[0].rate_rps
+            seed = options.seed + number
+            result = compare_point(
+                point, rate_rps, samples, candidates, options.num_resamples, seed
+            )
+            results += [result] if result is not None else []
+    return results
+
+
+def result_of(
+    options: CompareOptions,
+    arms: Sequence[Arm],
+    recorded: Recorded,
+    points: Sequence[PointResult],
+    date: str,
+) -> dict[str, Any]:
+    """The object that `--json` writes; see the module."""
+    tinfers = [arm.name for arm in arms if arm.is_tinfer]
+    slos = slos_of(recorded.unloaded)
+    return {
+        "kind": "tinfer bench compare",
+        "date": date,
+        "command": shlex.join(["tinfer", *sys.argv[1:]]),
+        "versions": versions(),
+        "hardware": hardware_of(options),
+        "settings": msgspec.to_builtins(options, enc_hook=str),
+        "seed": options.seed,
+        "ended_early": recorded.ended_early,
+        "vocab_size": recorded.vocab_size,
+        "max_model_len": None if recorded.target is None else recorded.target.max_model_len,
+        "arms": [_arm(arm, options) for arm in arms],
+        "unloaded": msgspec.to_builtins(recorded.unloaded),
+        "slos": {
+            level: {task: slo.bounds() for task, slo in by_task.items()}
+            for level, by_task in slos.items()
+        },
+        "full_load": msgspec.to_builtins(recorded.full_load),
+        "runs": [_run(run) for run in recorded.runs],
+        "points": msgspec.to_builtins(points),
+        "losses": msgspec.to_builtins(lines_of(points, "worse", tinfers)),
+        "wins": msgspec.to_builtins(lines_of(points, "better", tinfers)),
+    }
+
+
+def _arm(arm: Arm, options: CompareOptions) -> dict[str, Any]:
+    servers = [
+        {
+            "command": shlex.join(server.argv),
+            "environment": dict(server.environment),
+            "engine_cores": server.engine_cores,
+            "front_cores": server.front_cores,
+        }
+        for server in servers_of(arm, options)
+    ]
+    return {"name": arm.name, "kind": arm.kind, "servers": servers}
+
+
+def _run(run: Run) -> dict[str, Any]:
+    sample = run.sample
+    good = {f"goodput_{level}": int(good.sum()) for level, good in sample.good.items()}
+    return {
+        "workload": run.step.point.workload,
+        "load": run.step.point.load,
+        "repetition": run.step.repetition,
+        "arm": run.step.arm,
+        "rate_rps": run.rate_rps,
+        "idle_cpu_share": run.idle_cpu_share,
+        "resource_s": float(sample.resource_s),
+        "busy_s": float(sample.busy_s),
+        "server_cpu_s": sample.server_cpu_s,
+        **{name: number / max(sample.duration_s, 1e-9) for name, number in good.items()},
+        "figures": run.figures,
+        **({"records": msgspec.to_builtins(run.records)} if run.records is not None else {}),
+    }
+
+
+def dry_run_lines(options: CompareOptions, arms: Sequence[Arm]) -> list[str]:
+    """The plan: what would be started and measured, and how long it takes as far as is known."""
+    lines = []
+    for arm in arms:
+        lines.append(f"arm {arm.name} ({arm.kind})")
+        for server in servers_of(arm, options):
+            bound = (
+                "" if server.engine_cores is None else f"  [cores {_cores(server.engine_cores)}]"
+            )
+            words = [f"{name}={value}" for name, value in server.environment.items()]
+            lines.append("  " + " ".join([*words, shlex.join(server.argv), "--port PORT"]) + bound)
+    steps = steps_of(options, [arm.name for arm in arms])
+    lines.append(f"{len(steps)} runs of {options.num_requests} requests:")
+    known_s = 0.0
+    for workload in options.workloads:
+        # At a full load of F requests/s, a run's arrivals take num_requests / (load F) seconds.
+        per_rps = len(arms) * options.repetitions * options.num_requests
+        work = sum(per_rps / load for load in options.loads)
+        rate_rps = options.full_load.get(workload)
+        told = f"{work:.0f} s divided by its full load in req/s, measured first"
+        if rate_rps is not None:
+            known_s += work / rate_rps
+            told = f"{work / rate_rps / 60:.1f} min at a full load of {rate_rps:g} req/s"
+        loads = ", ".join(f"{load:g}" for load in options.loads)
+        lines.append(f"  {workload} at {loads}: arrivals take {told}")
+    if all(workload in options.full_load for workload in options.workloads):
+        lines.append(f"arrivals take {known_s / 60:.1f} min in all, answers and starts aside")
+    return lines
+
+
+def _cores(cores: Sequence[int]) -> str:
+    return ",".join(map(str, cores))
+
+
+def _write(
+    options: CompareOptions,
+    arms: Sequence[Arm],
+    result: dict[str, Any],
+    points: Sequence[PointResult],
+    recorded: Recorded,
+) -> None:
+    tinfers = [arm.name for arm in arms if arm.is_tinfer]
+    text = msgspec.json.format(msgspec.json.encode(result), indent=2).decode()
+    if options.json_path == "-":
+        sys.stdout.write(text + "\n")
+    else:
+        if options.json_path is not None:
+            Path(options.json_path).write_text(text + "\n")
+        losses, wins = lines_of(points, "worse", tinfers), lines_of(points, "better", tinfers)
+        lines = report.text(points, losses, wins, _header(result))
+        sys.stdout.writelines(f"{line}\n" for line in lines)
+    _warn(report.warnings(result["runs"]), sys.stderr.write)
+    if recorded.ended_early is not None:
+        sys.stderr.write(f"tinfer: warning: not complete: {recorded.ended_early}\n")
+    if options.plot_dir is not None:
+        from tinfer.bench.compare.charts import draw_all
+
+        for path in draw_all(points, recorded.runs, options.plot_dir):
+            sys.stderr.write(f"drawn: {path}\n")
+
+
+def _header(result: dict[str, Any]) -> list[str]:
+    hardware = result["hardware"]
+    title = "tinfer beside plain vLLM"
+    if result["ended_early"]:
+        title += f" (not complete: {result['ended_early']})"
+    lines = [title, f"{hardware['processor']}, cores {_cores(hardware['cores_used'])}"]
+    for workload, found in result["full_load"].items():
+        how = "given" if found["arm"] is None else f"by {found['arm']}"
+        lines.append(f"100 % of {workload}: {found['rate_rps']:.3f} req/s ({how})")
+    for task, one in result["unloaded"].items():
+        tpot_ms = 1000 * (one["tpot_s"] or 0.0)
+        lines.append(f"{task} alone: TTFT {1000 * one['ttft_s']:.1f} ms, TPOT {tpot_ms:.2f} ms")
+    return lines
+
+
+def _warn(warnings: Any, write: Callable[[str], Any]) -> None:
+    for warning in warnings:
+        write(f"tinfer: warning: {warning}\n")
