@@ -34,6 +34,12 @@ def test_small_talk_has_no_held_out_prompts() -> None:
         tasks.held_out_examples("small_talk", 1)
 
 
+def test_a_task_with_few_prompts_gives_those_it_has() -> None:
+    few = tasks.held_out_examples("list", 5000)
+    assert 20 < len(few) < 500
+    assert len({example.prompt for example in few}) == len(few)
+
+
 def test_counts_are_what_was_asked() -> None:
     assert tasks.count_answer(8, 11) == "8 9 10 11"
     assert tasks.count_answer(2, 0) == "2 1 0"
