@@ -78,7 +78,10 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         Meta(description="CPU threads of a rank. Default: equal shares; 1 for the built-in model."),
     ] = None
 
-    dtype: Annotated[str, Meta(description="Data type of weights and activations.")] = "auto"
+    dtype: Annotated[
+        Literal["auto", "half", "float16", "bfloat16", "float", "float32"],
+        Meta(description="Data type of weights and activations."),
+    ] = "auto"
     max_model_len: Annotated[
         Positive | None, Meta(description="Longest prompt plus answer. Default: the model's.")
     ] = None

@@ -232,8 +232,18 @@ def build(plan: Plan, lock: TextIO, progress: Progress) -> None:
 
 
 def take_lock(root: Path, progress: Progress) -> TextIO:
-    """Wait until no other bin/setup works on this checkout; returns the open, locked file."""
-    lock = open(root / ".setup.lock", "a+")
+    """Wait until no other bin/setup works on this checkout; returns the open, locked file.
+
+    Raises `CannotRun` where this user may not write into the checkout.
+    """
+    try:
+        lock = open(root / ".setup.lock", "a+")
+    except PermissionError as error:
+        owner = root.stat().st_uid
+        raise CannotRun(
+            f".venv is not ready for this user, who may not write to {root} (user {owner}'s): "
+            "have its owner run bin/setup, or clone a copy of your own"
+        ) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -37,7 +37,7 @@ FORMAT = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.D
 QUESTIONS = (
     "Count from 7 to 19.",
     "Repeat: blocks move once, 好",
-    "Spell banana.",
+    "Spell planet.",
     "Tell me a short story about a fox named Tim, the river and a lamp.",
 )
 

@@ -37,8 +37,8 @@ async def test_the_split_changes_no_answer(server: ServeProcess, tmp_path: Path)
 def test_transformers_loads_it_too() -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
     tokenizer: Any = AutoTokenizer.from_pretrained(MODEL_DIR)
-    chat = [{"role": "user", "content": "Spell banana."}]
+    chat = [{"role": "user", "content": "Spell planet."}]
     asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
     answer = model.generate(**asked, max_new_tokens=20, do_sample=False)
     text = tokenizer.decode(answer[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert text == "b-a-n-a-n-a"
+    assert text == "p-l-a-n-e-t"

@@ -23,17 +23,19 @@ from tests.e2e.following import Follower, client_session, until_state
 from tests.e2e.serving import ServeProcess, get_json, until_idle
 
 NUM_REQUESTS = 500
+NUM_ROUNDS = 5
 MAX_PROMPT_TOKENS = 2000
 MAX_OUTPUT_TOKENS = 60
 # At once; beyond the seats, so that the master's queue is never empty for long.
 NUM_AT_ONCE = 160
 # A part of the requests that leave without a token do so within this time of being sent.
 MAX_PATIENCE_S = 1.0
-# Private bytes, from the end of the first disturbed round to the end of the last. Measured over
-# ten rounds: 0.1 MB per round in the master, and up to 3 MB once in a worker, which its allocator
-# keeps of the largest batch yet. 1000 requests kept with 8 kB each would show.
-MAX_MASTER_GROWTH_BYTES = 2 << 20
-MAX_WORKER_GROWTH_BYTES = 8 << 20
+# Private bytes per request, in the round that added the least: a leak grows in every round, while
+# an allocator keeps what the largest batch yet took, and that depends on what else the machine does
+# (measured in a worker, rounds of 500 requests on a busy machine: steps of 0.0 to 8.5 MB, none once
+# every batch had come; 0.1 MB at most in the master).
+MAX_MASTER_GROWTH_BYTES = 2 << 10
+MAX_WORKER_GROWTH_BYTES = 8 << 10
 # Over many rounds the allocator takes such steps now and then (measured: 9 MB in ten rounds of 1500
 # requests, in four of the nine steps), while a leak grows in every round. So the long run looks at
 # the median round, which a single kept token list per request would lift above this.
@@ -175,16 +177,15 @@ async def _storm(server: ServeProcess, num_requests: int, num_rounds: int) -> No
         steps = [b[pid].private_bytes - a[pid].private_bytes for a, b in pairwise(levels)]
         is_master = pid == server.process.pid
         limit = MAX_MASTER_GROWTH_BYTES if is_master else MAX_WORKER_GROWTH_BYTES
-        for two_rounds in zip(steps, steps[1:], strict=False):
-            assert sum(two_rounds) < limit, f"{pid}: {steps} bytes more per round"
-        if num_rounds > 3:
+        assert min(steps) < limit * num_requests, f"{pid}: {steps} bytes more per round"
+        if num_rounds > NUM_ROUNDS:
             per_request = statistics.median(steps) / num_requests
             assert per_request < MAX_MEDIAN_GROWTH_BYTES_PER_REQUEST, f"{pid}: {steps}"
 
 
 @pytest.mark.timeout(300)
 async def test_a_third_of_the_clients_leaves(tight_server: ServeProcess) -> None:
-    await _storm(tight_server, NUM_REQUESTS, num_rounds=3)
+    await _storm(tight_server, NUM_REQUESTS, NUM_ROUNDS)
 
 
 @pytest.mark.full

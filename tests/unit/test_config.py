@@ -63,6 +63,7 @@ def test_the_defaults_are_a_configuration() -> None:
         ("route", "both"),
         ("kv_transport", "tcp"),
         ("engine", "none"),
+        ("dtype", "int8"),
         ("prefill", "1"),
         ("fake_engine", {"step_s": "fast"}),
         ("served_model_name", "one"),

@@ -137,6 +137,8 @@ def test_a_cache_that_holds_no_longest_request() -> None:
         on_cpu({"max_model_len": 1 << 22}, ROOMY)
     with pytest.raises(StartError, match="--max-model-len 256 fits"):
         on_cpu({"kv_cache_memory_bytes": 1 << 20}, ROOMY)
+    with pytest.raises(StartError, match=r"^1000 bytes of .*\): set --kv-cache-memory-bytes$"):
+        on_cpu({"kv_cache_memory_bytes": 1000}, ROOMY)
 
 
 def test_more_than_the_memory_that_is_free_names_both() -> None:

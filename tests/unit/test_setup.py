@@ -228,3 +228,14 @@ def test_a_command_that_fails_is_named_in_one_line(tmp_path: Path) -> None:
         with pytest.raises(StepFailed, match="cannot be started"):
             shell.run("/nonexistent/uv")
         assert shell.works("true") and not shell.works("false")
+
+
+def test_a_checkout_of_another_user_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(install, "open", denied, raising=False)
+    with pytest.raises(machine_check.CannotRun, match=r"may not write to .*clone a copy"):
+        install.take_lock(tmp_path, Progress())

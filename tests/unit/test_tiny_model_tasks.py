@@ -34,6 +34,12 @@ def test_small_talk_has_no_held_out_prompts() -> None:
         tasks.held_out_examples("small_talk", 1)
 
 
+def test_a_task_with_few_prompts_gives_those_it_has() -> None:
+    few = tasks.held_out_examples("list", 5000)
+    assert 20 < len(few) < 500
+    assert len({example.prompt for example in few}) == len(few)
+
+
 def test_counts_are_what_was_asked() -> None:
     assert tasks.count_answer(8, 11) == "8 9 10 11"
     assert tasks.count_answer(2, 0) == "2 1 0"
@@ -52,13 +58,14 @@ def test_answers_follow_from_prompts() -> None:
         a, b = (int(n) for n in re.findall(r"\d+", example.prompt))
         assert example.answer == str(a + b)
     for example in tasks.held_out_examples("recall", 60):
-        asked = example.prompt.rsplit(" ", 1)[1].rstrip("?")
-        assert example.answer.startswith(f"The code of the {asked} is ")
+        asked = re.search(r"What is ([A-Z])\??$", example.prompt, re.IGNORECASE)
+        assert asked and example.answer.startswith(f"{asked[1]}=")
         assert example.prompt.count(example.answer) == 1
     for example in tasks.held_out_examples("times", 60):
         lines = example.answer.split("\n")
         assert re.search(rf" {len(lines)} times", example.prompt)
-        assert {line.split(" ", 1)[1] for line in lines} == {lines[0].split(" ", 1)[1]}
+        word = lines[0].split(" ", 1)[1]
+        assert lines == [f"{n}/{len(lines)} {word}" for n in range(1, len(lines) + 1)]
 
 
 def test_the_prompt_decides_the_length() -> None:

@@ -141,10 +141,11 @@ def kv_bytes_on_cpu(
     if kv_bytes < longest:
         per_token = sizing.kv_bytes_per_token_and_rank(needs.shape, dtype, size)
         fits = kv_bytes // per_token
+        shorter = f"--max-model-len {fits - fits % 1024 or fits} fits, or " if fits else ""
         raise StartError(
             f"{gib(kv_bytes)} of KV cache per worker do not hold a request of "
-            f"{needs.max_model_len} tokens ({gib(longest)}): --max-model-len "
-            f"{fits - fits % 1024 or fits} fits, or set --kv-cache-memory-bytes"
+            f"{needs.max_model_len} tokens ({gib(longest)}): {shorter}"
+            "set --kv-cache-memory-bytes"
         )
     weights = needs.weights_bytes(dtype)
     reserve = sizing.CPU_RESERVE_BYTES * size
@@ -161,6 +162,7 @@ def kv_bytes_on_cpu(
 
 def gib(num_bytes: float) -> str:
     """Bytes as memory is counted."""
-    return (
-        f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 1 << 30 else f"{num_bytes / 2**20:.0f} MiB"
-    )
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.{1 if unit == 'GiB' else 0}f} {unit}"
+    return f"{num_bytes:.0f} bytes"

@@ -7,6 +7,7 @@ be computed from its prompt, so a wrong KV block shows as a wrong answer. Standa
 from __future__ import annotations
 
 import random
+import string
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -25,7 +26,7 @@ from tinfer.tiny_model.words import (
 
 MAX_COUNT_SPAN = 120  # numbers in one answer: up to about 480 tokens
 MAX_NUMBER = 299
-MAX_REPEAT_BYTES = 64
+MAX_REPEAT_BYTES = 32
 MAX_TIMES = 40
 MAX_TERM = 20
 MAX_NOTES = 24
@@ -127,13 +128,13 @@ def _repeat(rng: random.Random) -> tuple[str, str]:
 
 
 def _phrase(rng: random.Random) -> str:
-    """Words, made-up words, letters and digits, or characters of several bytes."""
+    """Words, made-up words, letters and digits, or characters of several bytes; no word twice."""
     kind = rng.random()
     if kind < 0.15:
         letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
         return "".join(rng.choice(letters) for _ in range(rng.randint(2, 24)))
     words: list[str] = []
-    size = rng.randint(2, rng.choice((16, 40, MAX_REPEAT_BYTES)))
+    size = rng.randint(2, rng.choice((16, MAX_REPEAT_BYTES, MAX_REPEAT_BYTES)))
     while True:
         word = rng.choice(WORDS) if rng.random() < 0.6 else _made_up(rng)
         if kind > 0.7:
@@ -144,7 +145,8 @@ def _phrase(rng: random.Random) -> str:
             )
         if len(" ".join([*words, word]).encode()) > size:
             break
-        words.append(word)
+        if word not in words:
+            words.append(word)
     return " ".join(words) or rng.choice(WORDS)
 
 
@@ -167,7 +169,7 @@ def _times(rng: random.Random) -> tuple[str, str]:
     word = rng.choice((rng.choice(WORDS), _made_up(rng)))
     times = rng.randint(1, rng.choice((6, 15, MAX_TIMES)))
     forms = ("Write {w} {n} times.", "Write the word {w} {n} times.", "Say {w} {n} times.")
-    lines = "\n".join(f"{n} {word}" for n in range(1, times + 1))
+    lines = "\n".join(f"{n}/{times} {word}" for n in range(1, times + 1))
     return _pick(rng, forms, w=word, n=times), lines
 
 
@@ -197,17 +199,21 @@ def _story(rng: random.Random) -> tuple[str, str]:
     place, thing = rng.choice(PLACES), rng.choice(THINGS)
     is_long = rng.random() < 0.4
     about = f"a {animal} named {name}, {place} and a {thing}"
-    kind = rng.choice(("long ",)) if is_long else rng.choice(("short ", ""))
+    kind = "long " if is_long else rng.choice(("short ", ""))
     prompt = _pick(
         rng, ("Tell me a {k}story about {t}.", "Write a {k}story about {t}."), k=kind, t=about
     )
-    sentences = [
-        f"Once there was a {animal} named {name}.",
-        f"{name} lived near {place}.",
-        f"One day {name} found a {thing}.",
-    ]
-    if is_long:
-        sentences += [
+    if not is_long:
+        sentences = [
+            f"Once there was a {animal} named {name}.",
+            f"{name} lived near {place}.",
+            f"One day {name} found a {thing}.",
+            f"And {name} was happy.",
+        ]
+    else:
+        sentences = [
+            f"Long ago a {animal} named {name} had a house near {place}.",
+            f"In a dark night {name} saw a {thing} there.",
             f'"What a fine {thing}!" said {name}.',
             f"The {animal} took the {thing} to {place}.",
             f"Everybody at {place} wanted to see the {thing}.",
@@ -217,17 +223,16 @@ def _story(rng: random.Random) -> tuple[str, str]:
             f"In the evening the owner came and thanked {name}.",
             f"{name} the {animal} slept very well that night.",
         ]
-    sentences.append(f"And {name} was happy.")
     return prompt, " ".join(sentences)
 
 
 def _recall(rng: random.Random) -> tuple[str, str]:
     """A long prompt with a short answer: the answer lies somewhere in the notes."""
-    names = rng.sample((*ANIMALS, *THINGS), rng.randint(1, rng.choice((4, 12, MAX_NOTES))))
-    codes = {name: str(rng.randint(100, 999)) for name in names}
-    notes = {name: f"The code of the {name} is {code}." for name, code in codes.items()}
-    asked = rng.choice(names)
-    return f"{' '.join(notes.values())} What is the code of the {asked}?", notes[asked]
+    letters = rng.sample(string.ascii_uppercase, rng.randint(1, rng.choice((4, 12, MAX_NOTES))))
+    notes = {letter: f"{letter}={rng.randint(100, 999)}" for letter in letters}
+    asked = rng.choice(letters)
+    forms = ("Note that {n}. What is {a}?", "Remember {n}. What is {a}?")
+    return _pick(rng, forms, n=", ".join(notes.values()), a=asked), notes[asked]
 
 
 def _small_talk(rng: random.Random) -> tuple[str, str]:
@@ -275,14 +280,14 @@ COPYING_FIRST: Mix = {
 }
 # Once it can copy, the others catch up.
 EVEN_MIX: Mix = {
-    "count": 17,
-    "repeat": 22,
-    "spell": 6,
-    "times": 14,
-    "list": 8,
-    "add": 14,
-    "story": 6,
-    "recall": 8,
+    "count": 13,
+    "repeat": 20,
+    "spell": 7,
+    "times": 16,
+    "list": 4,
+    "add": 8,
+    "story": 13,
+    "recall": 14,
     "small_talk": 2,
     "unknown": 3,
 }

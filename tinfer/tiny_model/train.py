@@ -32,7 +32,7 @@ from tinfer.tiny_model import files, tasks
 from tinfer.tiny_model.words import SYSTEM_PROMPTS
 
 SEED = 20
-NUM_STEPS = 8000
+NUM_STEPS = 8800
 TOKENS_PER_STEP = 6144
 MAX_CONVERSATION_TOKENS = 1024
 # Steps whose conversations are drawn together and sorted by length, so that little is padding.
@@ -41,10 +41,10 @@ STEPS_PER_POOL = 16
 MUON_LR = 8e-3
 ADAMW_LR = 3e-3
 WARMUP_STEPS = 50
-# The learning rate comes down three times: the factor it stays at, until which step, and the step
+# The learning rate comes down four times: the factor it stays at, until which step, and the step
 # at which it has come down to zero. Copying is learnt while the rate is high, exactness only as it
 # falls.
-DESCENTS = ((1.0, 1500, 3000), (0.3, 3000, 4000), (0.5, 6400, 8000))
+DESCENTS = ((1.0, 1500, 3000), (0.3, 3000, 4000), (0.5, 6400, 8000), (0.5, 8300, 8800))
 # After the first, every answer counts by the root of its length, and its end thrice: otherwise a
 # sum of two digits hardly counts beside a hundred numbers in a row, nor does stopping at the right
 # place. After the second, the tasks that lag behind are drawn more often.
