@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -240,15 +239,3 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     result = plot(str(tmp_path / "a"))
     assert result.exit_code == 2
     assert result.stderr == f"tinfer: {tmp_path / 'a'}: No such file or directory\n"
-
-
-def test_without_matplotlib_it_is_said_before_any_load(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    # None in sys.modules makes an import fail, installed or not.
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for arguments in (["serve", "--plot", "x"], ["plot", write_result(tmp_path / "a")]):
-        result = CliRunner().invoke(main, ["bench", *arguments])
-        assert result.exit_code == 2
-        assert result.stderr == "tinfer: plots need matplotlib: pip install 'tinfer[bench]'\n"
-    assert not Path("plots").exists()

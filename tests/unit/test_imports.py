@@ -51,6 +51,9 @@ WITHOUT_ENGINE = [
     "tinfer.api.server",
     "tinfer.master.app",
     "tinfer.doctor.examination",
+    "tinfer.workloads",
+    "tinfer.bench.app",
+    "tinfer.bench.compare.app",
 ]
 
 

@@ -61,9 +61,6 @@ def run(options: BenchOptions) -> int:
 def _check_outputs(options: BenchOptions) -> None:
     """What would fail after the run fails before it. Raises `StartError`, `OSError`."""
     if options.plot_dir is not None:
-        from tinfer.bench.plots import require_matplotlib
-
-        require_matplotlib()
         options.plot_dir.mkdir(parents=True, exist_ok=True)
     if options.json_path not in (None, "-"):
         path = Path(str(options.json_path))

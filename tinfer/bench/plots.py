@@ -1,4 +1,4 @@
-"""Draws what `figures` prepared as PNG files. Needs matplotlib, which only this module imports."""
+"""Draws what `figures` prepared as PNG files. matplotlib is imported when something is drawn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from tinfer.bench.figures import (
     latency_cdfs,
     timeline,
 )
-from tinfer.errors import StartError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,22 +29,13 @@ _LANE_GAP_ROWS = 2
 _MAX_TIMELINE_INCHES = 30.0
 
 
-def require_matplotlib() -> None:
-    """Raises `StartError` where matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise StartError("plots need matplotlib: pip install 'tinfer[bench]'") from error
-
-
 def draw_all(results: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
     """Every picture that these results have the numbers for, in `folder`, which is made.
 
     Latency distributions and timelines need results with records (--save-detailed), a timeline
     those of a tinfer server with traces, and goodput an SLO and a load that is not all at once.
-    Raises `StartError` without matplotlib, `OSError` where the folder cannot be written.
+    Raises `OSError` where the folder cannot be written.
     """
-    require_matplotlib()
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     if cdfs := latency_cdfs(results):

@@ -72,9 +72,6 @@ def _check(options: CompareOptions, arms: Sequence[Arm]) -> None:
     if options.baseline is not None and options.baseline not in names:
         raise StartError(f"--baseline {options.baseline} is none of {', '.join(names)}")
     if options.plot_dir is not None and not options.dry_run:
-        from tinfer.bench.plots import require_matplotlib
-
-        require_matplotlib()
         options.plot_dir.mkdir(parents=True, exist_ok=True)
     if options.json_path not in (None, "-"):
         path = Path(str(options.json_path))

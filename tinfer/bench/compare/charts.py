@@ -1,6 +1,6 @@
 """Draws a comparison as PNG files: goodput over load, latency distributions, ratios with intervals.
 
-Needs matplotlib, which is imported when something is drawn.
+matplotlib is imported when something is drawn.
 """
 
 from __future__ import annotations
@@ -99,10 +99,7 @@ def _bounds(one: Estimate) -> tuple[float, float]:
 
 
 def draw_all(points: Sequence[PointResult], runs: Sequence[Run], folder: Path) -> list[Path]:
-    """Every picture there are numbers for, in `folder`. Raises `StartError`, `OSError`."""
-    from tinfer.bench.plots import require_matplotlib
-
-    require_matplotlib()
+    """Every picture there are numbers for, in `folder`, which is made. Raises `OSError`."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = [
         _saved(_goodput(points, workload), folder / f"goodput-{workload}.png")
