@@ -94,21 +94,20 @@ def ask_with_vllm(
     arguments: argparse.Namespace, url: str, number: int, folder: Path
 ) -> dict[str, Any]:
     """The result of one run of `vllm bench serve`, whose prompts are text of that many bytes."""
-    prompts, result = folder / "prompts.jsonl", folder / "vllm.json"
+    prompts, result = folder / "prompts.json", folder / "vllm.json"
     rng = random.Random(number)
     letters = "abcdefghijklmnopqrstuvwxyz "
-    with prompts.open("w") as out:
-        for _ in range(arguments.num_prompts):
-            text = "".join(rng.choices(letters, k=PROMPT_TOKENS))
-            out.write(json.dumps({"prompt": text}) + "\n")
+    asked = ["".join(rng.choices(letters, k=PROMPT_TOKENS)) for _ in range(arguments.num_prompts)]
+    # The one shape of a file that it reads without further packages.
+    turns = [[{"value": text}, {"value": "of no use"}] for text in asked]
+    prompts.write_text(json.dumps([{"conversations": both} for both in turns]))
     done = subprocess.run(
         [
             *(sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve"),
             *("--backend", "openai", "--base-url", url, "--endpoint", "/v1/completions"),
-            *("--model", "tinfer-tiny", "--served-model-name", Path(arguments.model).name),
-            *("--tokenizer", str(MODEL_DIR), "--dataset-name", "custom"),
-            *("--dataset-path", str(prompts), "--custom-output-len", str(OUTPUT_TOKENS)),
-            *("--skip-chat-template", "--disable-shuffle", "--disable-tqdm"),
+            *("--tokenizer", str(MODEL_DIR), "--dataset-name", "sharegpt"),
+            *("--dataset-path", str(prompts), "--sharegpt-output-len", str(OUTPUT_TOKENS)),
+            *("--disable-shuffle", "--disable-tqdm"),
             *(*load_words(arguments), "--save-result", "--result-dir", str(folder)),
             *("--result-filename", result.name),
         ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -127,7 +128,7 @@ def test_failed_requests_are_in_no_latency_and_are_not_good() -> None:
 
 def test_figures_are_those_of_all_repetitions_together() -> None:
     runs = [sample(seed=1), sample(seed=2)]
-    figures = figures_of(runs, draw([20, 20], 10, seed=0))
+    figures = figures_of(runs, draw([20, 20], 10, seed=0), offered_rps=4.0)
     measured = {name: float(values[0]) for name, values in figures.items()}
     assert measured.keys() == METRICS.keys() - {PAPER_FORM}
     for name in ("ttft", "tpot", "e2el"):
@@ -139,7 +140,8 @@ def test_figures_are_those_of_all_repetitions_together() -> None:
     assert measured["p99_itl_ms"] == pytest.approx(np.percentile(gaps_ms, 99))
     assert measured["request_throughput"] == pytest.approx(2.0)
     assert measured["output_throughput"] == pytest.approx(22.0)
-    assert measured["goodput_loose"] == pytest.approx(2.0)
+    # All are good: of what was offered, whatever the end of the last answer makes of the duration.
+    assert measured["goodput_loose"] == pytest.approx(4.0)
     resource_s = (runs[0].resource_s + runs[1].resource_s) / 2
     assert measured["resource_s"] == pytest.approx(resource_s)
     assert measured[RECIPROCAL_FORM] == pytest.approx(
@@ -207,13 +209,18 @@ def test_the_better_replica_arm_is_the_baseline() -> None:
 
 
 def test_next_to_a_baseline_without_goodput_there_are_absolute_values() -> None:
-    result = compared(0.5, offered_rps=21.0)
-    for name in ("goodput_loose", "goodput_tight"):
-        one = result.arms["tinfer-auto"][name]
-        assert one.ratio is None and one.value is not None
-        assert one.verdict == "unclear"  # all answers of both arms are good
-    assert result.arms["tinfer-auto"]["mean_ttft_ms"].ratio is not None
-    assert compared(0.5, offered_rps=19.0).arms["tinfer-auto"]["goodput_loose"].ratio is not None
+    # The baseline's answers are too slow for both levels, but for a few of the second's.
+    for num_good, has_ratio in ((1, False), (2, True)):
+        base = sample(9.0, num=20)
+        good = {level: np.arange(20) < num_good for level in TPOT_FACTORS}
+        base = msgspec.structs.replace(base, good=good)
+        samples = {"replicas": [base], "tinfer-auto": [sample(0.5, num=20)]}
+        result = compare_point(POINT, 2.0, samples, ["replicas"], 100, seed=0)
+        assert result is not None
+        for name in ("goodput_loose", "goodput_tight"):
+            one = result.arms["tinfer-auto"][name]
+            assert one.value is not None and (one.ratio is not None) == has_ratio
+        assert result.arms["tinfer-auto"]["mean_ttft_ms"].ratio is not None
 
 
 def test_absolute_values_that_do_not_touch_are_a_verdict() -> None:
@@ -226,6 +233,16 @@ def test_absolute_values_that_do_not_touch_are_a_verdict() -> None:
     wins = lines_of([result], "better", ["tinfer-auto"])
     assert wins[0].metric.startswith("goodput") and wins[0].ratio is None
     assert any(" against 0" in line for line in text([result], [], wins))
+
+
+def test_one_repetition_has_no_interval_for_what_is_one_value_per_run() -> None:
+    samples = {"replicas": [sample(1.0)], "tinfer-auto": [sample(0.5, duration_s=5.0)]}
+    result = compare_point(POINT, 2.0, samples, ["replicas"], 100, seed=0)
+    assert result is not None
+    one = result.arms["tinfer-auto"]["request_throughput"]
+    assert one.ratio is not None and one.ratio.value == pytest.approx(2.0)
+    assert (one.ratio.low, one.ratio.high, one.verdict) == (None, None, "unclear")
+    assert result.arms["tinfer-auto"]["mean_ttft_ms"].verdict == "better"
 
 
 def test_only_repetitions_that_all_arms_have_count() -> None:

@@ -58,7 +58,7 @@ def test_workers_that_share_a_gpu_get_their_part() -> None:
 def test_weights_over_one_gpu_name_the_size_that_fits() -> None:
     message = refusal({}, gpus(8, total_gib=24), Weights({"F16": 60 * GIB}))
     assert "the model does not fit: prefill-0 has 21.6 GiB (90% of GPU 0)" in message
-    assert "60.0 GiB weights, 2.0 GiB KV for one request of 4096 tokens" in message
+    assert "60.0 GiB weights, 2.1 GiB KV for one request of 4096 tokens" in message
     assert message.endswith("--tensor-parallel-size 4 fits (of the 8 GPUs here)")
 
 
@@ -78,7 +78,7 @@ def test_a_size_that_is_still_too_small_is_not_named_again() -> None:
 
 def test_a_request_that_is_too_long_names_the_length_that_fits() -> None:
     message = refusal({"max_model_len": 16384}, gpus(2, total_gib=20))
-    assert "14.0 GiB weights, 8.0 GiB KV for one request of 16384 tokens" in message
+    assert "14.0 GiB weights, 8.1 GiB KV for one request of 16384 tokens" in message
     assert "--tensor-parallel-size 2 fits" in message
     assert "--max-model-len 5120 fits" in message
     assert room({"max_model_len": 5120}, gpus(2, total_gib=20))
@@ -114,7 +114,7 @@ ROOMY = HostMemory(64 * GIB, 60 * GIB)
 
 @pytest.mark.parametrize(
     ("max_model_len", "kv_bytes"),
-    [(16, CPU_KV_BYTES), (1 << 17, 2 * (1 << 17) * 4096), (1 << 20, 8 * GIB)],
+    [(16, CPU_KV_BYTES), (1 << 17, 2 * ((1 << 17) + 128) * 4096), (1 << 20, 8 * GIB)],
 )
 def test_cpu_kv_holds_two_longest_requests_within_a_quarter(
     max_model_len: int, kv_bytes: int
@@ -132,11 +132,15 @@ def test_ranks_divide_a_cpu_workers_kv() -> None:
 
 def test_a_cache_that_holds_no_longest_request() -> None:
     with pytest.raises(
-        StartError, match=r"do not hold a request of 4194304.*--max-model-len 20971"
+        StartError, match=r"do not hold a request of 4194304.*--max-model-len 2096128 fits"
     ):
         on_cpu({"max_model_len": 1 << 22}, ROOMY)
-    with pytest.raises(StartError, match="--max-model-len 256 fits"):
+    # 256 tokens in all, a block of which is the engine's own.
+    with pytest.raises(StartError, match="--max-model-len 128 fits"):
         on_cpu({"kv_cache_memory_bytes": 1 << 20}, ROOMY)
+    with pytest.raises(StartError, match="--max-model-len 240 fits"):
+        on_cpu({"kv_cache_memory_bytes": 1 << 20, "block_size": 16}, ROOMY)
+    assert on_cpu({"kv_cache_memory_bytes": 1 << 20, "max_model_len": 128}, ROOMY) == 1 << 20
     with pytest.raises(StartError, match=r"^1000 bytes of .*\): set --kv-cache-memory-bytes$"):
         on_cpu({"kv_cache_memory_bytes": 1000}, ROOMY)
 

@@ -118,7 +118,7 @@ _POSITIVE = click.IntRange(min=1)
 @click.option(
     "--kv-cache-memory-bytes",
     type=_POSITIVE,
-    default=256 << 20,
+    default=512 << 20,
     show_default=True,
     help="KV cache of each worker and replica.",
 )

@@ -22,6 +22,8 @@ from tinfer.master.sizing import ModelShape
 # On a CPU a worker's KV cache holds at least this much, and at least two longest requests, but
 # never more than its share of a quarter of the memory.
 CPU_KV_BYTES = 256 << 20
+# vLLM keeps one block to itself. Its default on a CPU; on GPUs a block is smaller.
+BLOCK_TOKENS = 128
 
 
 class Needs(Struct, frozen=True):
@@ -32,11 +34,18 @@ class Needs(Struct, frozen=True):
     max_model_len: int
     step_tokens: int
     max_num_seqs: int
+    block_tokens: int
 
     @classmethod
     def of(cls, config: ServeConfig, shape: ModelShape, weights: Weights) -> Needs:
-        max_model_len = config.max_model_len or shape.max_tokens
-        return cls(shape, weights, max_model_len, step_tokens(config), config.max_num_seqs)
+        return cls(
+            shape=shape,
+            weights=weights,
+            max_model_len=config.max_model_len or shape.max_tokens,
+            step_tokens=step_tokens(config),
+            max_num_seqs=config.max_num_seqs,
+            block_tokens=config.block_size or BLOCK_TOKENS,
+        )
 
     def weights_bytes(self, dtype: str) -> int:
         """Bytes of the weights once loaded, over all ranks."""
@@ -54,9 +63,10 @@ class Needs(Struct, frozen=True):
         return self.weights_bytes(dtype) // tp_size + reserve
 
     def longest_kv_bytes(self, dtype: str, tp_size: int) -> int:
-        """KV of one longest request on one rank."""
+        """KV of one longest request on one rank, in whole blocks and beside the engine's own."""
         rank = sizing.kv_bytes_per_token_and_rank(self.shape, dtype, tp_size)
-        return self.max_model_len * rank
+        num_blocks = -(-self.max_model_len // self.block_tokens) + 1
+        return num_blocks * self.block_tokens * rank
 
 
 def kv_bytes_on_gpus(
@@ -123,7 +133,8 @@ def shorter_len(needs: Needs, dtype: str, tp_size: int, limit_bytes: int) -> int
     """The longest request, in whole 1024s of tokens, that fits beside the weights; 0 if none."""
     per_token = sizing.kv_bytes_per_token_and_rank(needs.shape, dtype, tp_size)
     left = limit_bytes - needs.fixed_bytes(dtype, tp_size)
-    tokens = left // per_token if per_token and left > 0 else 0
+    tokens = left // per_token - needs.block_tokens if per_token and left > 0 else 0
+    tokens = max(0, tokens)
     return tokens - tokens % 1024 if tokens < needs.max_model_len else 0
 
 
@@ -140,7 +151,7 @@ def kv_bytes_on_cpu(
         kv_bytes = min(max(CPU_KV_BYTES // size, 2 * longest), share)
     if kv_bytes < longest:
         per_token = sizing.kv_bytes_per_token_and_rank(needs.shape, dtype, size)
-        fits = kv_bytes // per_token
+        fits = max(0, kv_bytes // per_token // needs.block_tokens - 1) * needs.block_tokens
         shorter = f"--max-model-len {fits - fits % 1024 or fits} fits, or " if fits else ""
         raise StartError(
             f"{gib(kv_bytes)} of KV cache per worker do not hold a request of "

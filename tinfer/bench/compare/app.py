@@ -12,7 +12,7 @@ The result (`--json`) is one object:
 | `full_load` | by workload: the rate that 100 % stands for, the arm that keeps up, all probes |
 | `runs` | every run in its order, `figures` as `tinfer bench serve` names them |
 | `points` | by workload and load: `arms` -> metric (see `metrics`) -> `value`, `ratio`, `verdict` |
-| `losses`, `wins` | metrics of tinfer arms whose whole interval is on one side, farthest first |
+| `losses`, `wins` | metrics of tinfer arms, or else of all, whose whole interval is on one side |
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def result_of(
     date: str,
 ) -> dict[str, Any]:
     """The object that `--json` writes; see the module."""
-    tinfers = [arm.name for arm in arms if arm.is_tinfer]
+    judged = judged_of(arms)
     slos = slos_of(recorded.unloaded)
     return {
         "kind": "tinfer bench compare",
@@ -162,9 +162,14 @@ def result_of(
         "full_load": msgspec.to_builtins(recorded.full_load),
         "runs": [_run(run) for run in recorded.runs],
         "points": msgspec.to_builtins(points),
-        "losses": msgspec.to_builtins(lines_of(points, "worse", tinfers)),
-        "wins": msgspec.to_builtins(lines_of(points, "better", tinfers)),
+        "losses": msgspec.to_builtins(lines_of(points, "worse", judged)),
+        "wins": msgspec.to_builtins(lines_of(points, "better", judged)),
     }
+
+
+def judged_of(arms: Sequence[Arm]) -> list[str]:
+    """The arms whose losses and wins are told: tinfer's, or where there are none, all."""
+    return [arm.name for arm in arms if arm.is_tinfer] or [arm.name for arm in arms]
 
 
 def _arm(arm: Arm, options: CompareOptions) -> dict[str, Any]:
@@ -182,7 +187,7 @@ def _arm(arm: Arm, options: CompareOptions) -> dict[str, Any]:
 
 def _run(run: Run) -> dict[str, Any]:
     sample = run.sample
-    good = {f"goodput_{level}": int(good.sum()) for level, good in sample.good.items()}
+    good = {f"goodput_{level}": float(good.mean()) for level, good in sample.good.items()}
     return {
         "workload": run.step.point.workload,
         "load": run.step.point.load,
@@ -193,7 +198,7 @@ def _run(run: Run) -> dict[str, Any]:
         "resource_s": float(sample.resource_s),
         "busy_s": float(sample.busy_s),
         "server_cpu_s": sample.server_cpu_s,
-        **{name: number / max(sample.duration_s, 1e-9) for name, number in good.items()},
+        **{name: share * run.rate_rps for name, share in good.items()},
         "figures": run.figures,
         **({"records": msgspec.to_builtins(run.records)} if run.records is not None else {}),
     }
@@ -240,14 +245,14 @@ def _write(
     points: Sequence[PointResult],
     recorded: Recorded,
 ) -> None:
-    tinfers = [arm.name for arm in arms if arm.is_tinfer]
+    judged = judged_of(arms)
     text = msgspec.json.format(msgspec.json.encode(result), indent=2).decode()
     if options.json_path == "-":
         sys.stdout.write(text + "\n")
     else:
         if options.json_path is not None:
             Path(options.json_path).write_text(text + "\n")
-        losses, wins = lines_of(points, "worse", tinfers), lines_of(points, "better", tinfers)
+        losses, wins = lines_of(points, "worse", judged), lines_of(points, "better", judged)
         lines = report.text(points, losses, wins, _header(result))
         sys.stdout.writelines(f"{line}\n" for line in lines)
     _warn(report.warnings(result["runs"]), sys.stderr.write)

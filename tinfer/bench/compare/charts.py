@@ -134,12 +134,19 @@ def _saved(figure: Figure, path: Path) -> Path:
 
 def _goodput(points: Sequence[PointResult], workload: str) -> Figure:
     figure, panels = _figure(11.0, 4.2, 2)
+    colours = _colours(points[0])
     for axes, level in zip(panels, ("loose", "tight"), strict=True):
         highest = 0.0
         curves = goodput_curves(points, workload, f"goodput_{level}")
         for curve, below, above in curves.values():
             axes.errorbar(
-                curve.x, curve.y, yerr=[below, above], marker="o", capsize=3, label=curve.label
+                curve.x,
+                curve.y,
+                yerr=[below, above],
+                marker="o",
+                capsize=3,
+                label=curve.label,
+                color=colours[curve.label],
             )
             highest = max([highest, *curve.x])
         axes.plot([0, highest], [0, highest], color="gray", linestyle=":", label="all good")
@@ -155,12 +162,14 @@ def _goodput(points: Sequence[PointResult], workload: str) -> Figure:
 
 def _latencies(runs: Sequence[Run], point: PointResult) -> Figure:
     figure, panels = _figure(4.2 * len(_LATENCIES), 3.8, len(_LATENCIES))
+    colours = _colours(point)
     for axes, metric in zip(panels, _LATENCIES, strict=True):
         for curve in latency_curves(runs, metric):
-            axes.plot(curve.x, curve.y, drawstyle="steps-post", label=curve.label)
+            colour = colours[curve.label]
+            axes.plot(curve.x, curve.y, drawstyle="steps-post", label=curve.label, color=colour)
         axes.set_title(f"{metric.upper()}, {point.workload} at {point.load:g}")
         axes.set_xlabel("ms")
-        axes.set_xscale("log")
+        _logarithmic(axes)
         axes.set_ylim(0, 1.02)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("share")
@@ -170,12 +179,10 @@ def _latencies(runs: Sequence[Run], point: PointResult) -> Figure:
 
 
 def _ratios(point: PointResult) -> Figure:
-    from matplotlib.ticker import LogLocator, NullLocator
-
     words, bars = ratio_bars(point)
     figure, (axes,) = _figure(8.0, 5.0, 1)
     arms = list(dict.fromkeys(bar.arm for bar in bars))
-    place = _places(arms)
+    place, colours = _places(arms), _colours(point)
     for arm in arms:
         mine = [bar for bar in bars if bar.arm == arm]
         axes.errorbar(
@@ -186,20 +193,33 @@ def _ratios(point: PointResult) -> Figure:
             marker="o",
             capsize=3,
             label=arm,
+            color=colours[arm],
         )
     axes.axvline(1.0, color="gray", linestyle=":")
     axes.set_yticks(range(len(words)), words)
     axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(lambda ratio, place: f"{ratio:g}")
+    _logarithmic(axes)
     axes.set_xlabel(f"ratio to {point.baseline}, with 95 % interval")
     axes.set_title(f"{point.workload} at {point.load:g} of full load")
     axes.grid(alpha=0.3, axis="x")
     if arms:
         axes.legend(fontsize="small")
     return figure
+
+
+def _colours(point: PointResult) -> dict[str, str]:
+    """An arm has the same colour in every picture of a comparison."""
+    return {arm: f"C{number}" for number, arm in enumerate(point.arms)}
+
+
+def _logarithmic(axes: Axes) -> None:
+    """A logarithmic x axis with plain numbers."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(lambda value, place: f"{value:g}")
 
 
 def _places(arms: Sequence[str]) -> Callable[[str], float]:

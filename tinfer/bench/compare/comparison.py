@@ -16,6 +16,7 @@ from msgspec import Struct
 
 from tinfer.bench.compare.bootstrap import Estimate, draw, estimate
 from tinfer.bench.compare.metrics import (
+    BETWEEN_RUNS,
     GOODPUTS,
     METRICS,
     PAPER_FORM,
@@ -87,7 +88,7 @@ def compare_point(
     runs = {arm: list(of_arm[:num]) for arm, of_arm in samples.items()}
     any_arm = next(iter(runs.values()))
     weights = draw([one.num_requests for one in any_arm], num_resamples, seed)
-    figures = {arm: figures_of(of_arm, weights) for arm, of_arm in runs.items()}
+    figures = {arm: figures_of(of_arm, weights, offered_rps) for arm, of_arm in runs.items()}
     baseline = max(candidates, key=lambda arm: float(figures[arm]["goodput_loose"][0]))
     return PointResult(
         workload=point.workload,
@@ -99,7 +100,7 @@ def compare_point(
             arm: sum(int((~one.ok).sum()) for one in of_arm) for arm, of_arm in runs.items()
         },
         arms={
-            arm: _compared(figures[arm], figures[baseline], arm == baseline, offered_rps)
+            arm: _compared(figures[arm], figures[baseline], arm == baseline, offered_rps, num)
             for arm in figures
         },
     )
@@ -110,6 +111,7 @@ def _compared(
     baseline: Mapping[str, Floats],
     is_baseline: bool,
     offered_rps: float,
+    num_repetitions: int,
 ) -> dict[str, Compared]:
     ratios = ratios_of(figures, baseline)
     compared = {}
@@ -118,6 +120,8 @@ def _compared(
         ratio = None if is_baseline else estimate(ratios[name])
         if name in GOODPUTS and baseline[name][0] < MIN_BASELINE_SHARE * offered_rps:
             ratio = None
+        if num_repetitions == 1 and name in BETWEEN_RUNS:
+            value, ratio = _bare(value), _bare(ratio)
         verdict: Verdict | None = None
         if ratio is not None:
             verdict = _side(ratio, metric.higher_is_better)
@@ -125,6 +129,10 @@ def _compared(
             verdict = _apart(value, estimate(baseline[name]), metric.higher_is_better)
         compared[name] = Compared(value=value, ratio=ratio, verdict=verdict)
     return compared
+
+
+def _bare(one: Estimate | None) -> Estimate | None:
+    return None if one is None else Estimate(one.value, None, None)
 
 
 def _side(ratio: Estimate, higher_is_better: bool) -> Verdict:

@@ -1,15 +1,17 @@
 """The figures of an arm at one point, each for the runs as measured and for every resample. Pure.
 
-Percentiles are of all requests (for ITL: all gaps) of all repetitions together; a rate is a count
-over all repetitions by their summed durations. Failed requests are in no latency; they lower
-throughput and goodput.
+Percentiles are of all requests (for ITL: all gaps) of all repetitions together; throughput is a
+count over all repetitions by their summed durations. Goodput is the share of good answers times the
+offered rate: a run is short, and its duration holds the end of its longest answer, long after the
+last arrival, which would make the goodput of every arm look smaller than it is under a load that
+goes on. Failed requests are in no latency; they lower throughput and goodput.
 
 | key | meaning |
 |---|---|
 | `{mean,median,p99}_ttft_ms`, `..._tpot_ms`, `..._e2el_ms` | latencies, see `tinfer bench serve` |
 | `p99_itl_ms` | of all gaps between chunks |
 | `request_throughput`, `output_throughput` | whole answers, and their tokens, per second |
-| `goodput_loose`, `goodput_tight` | answers per second within that SLO of their class |
+| `goodput_loose`, `goodput_tight` | answers within that SLO of their class, see above |
 | `resource_s`, `busy_s` | per run: device-seconds, see `samples` |
 | `server_cpu_s` | per run: processor time of the arm's processes |
 | `perf_per_dollar_paper` | only as a ratio: (1 + relative cut of mean E2EL) / ratio of resource |
@@ -28,11 +30,16 @@ from msgspec import Struct
 
 from tinfer.bench.compare.bootstrap import Weights, weighted_mean, weighted_percentile
 from tinfer.bench.compare.limits import LEVELS
-from tinfer.bench.compare.samples import Floats, Ints, Sample
+from tinfer.bench.compare.samples import Bools, Floats, Ints, Sample
 
 _MS = 1000.0
 PAPER_FORM = "perf_per_dollar_paper"
 RECIPROCAL_FORM = "perf_per_dollar_reciprocal"
+# One value per run: a single repetition tells nothing of how far it varies.
+BETWEEN_RUNS = frozenset(
+    ("request_throughput", "output_throughput", "resource_s", "busy_s", "server_cpu_s")
+    + (PAPER_FORM, RECIPROCAL_FORM)
+)
 GOODPUTS = tuple(f"goodput_{level}" for level in LEVELS)
 
 
@@ -73,15 +80,19 @@ METRICS: Mapping[str, Metric] = {
 Figures = Mapping[str, Floats]
 
 
-def figures_of(samples: Sequence[Sample], weights: Weights) -> dict[str, Floats]:
+def figures_of(
+    samples: Sequence[Sample], weights: Weights, offered_rps: float
+) -> dict[str, Floats]:
     """Every metric but the paper's perf/$, by name: one value per row of `weights`.
 
     `samples` are the repetitions of one arm, in the order that `weights` were drawn for.
     """
     pooled = _Pool(samples, weights)
     figures = {
-        "goodput_loose": pooled.rate(lambda one: one.good["loose"].astype(np.float64)),
-        "goodput_tight": pooled.rate(lambda one: one.good["tight"].astype(np.float64)),
+        f"goodput_{level}": offered_rps * pooled.share(lambda one, level=level: one.good[level])  # type: ignore[misc]
+        for level in LEVELS
+    }
+    figures |= {
         "request_throughput": pooled.rate(lambda one: one.ok.astype(np.float64)),
         "output_throughput": pooled.rate(lambda one: one.output_tokens),
     }
@@ -120,6 +131,10 @@ class _Pool:
 
     def requests(self, values_of: Callable[[Sample], Floats]) -> Floats:
         return np.concatenate([values_of(one) for one in self._samples])
+
+    def share(self, values_of: Callable[[Sample], Bools]) -> Floats:
+        values = np.concatenate([values_of(one) for one in self._samples]).astype(np.float64)
+        return weighted_mean(values, self._weights.requests)
 
     def rate(self, values_of: Callable[[Sample], Floats]) -> Floats:
         durations_s = np.array([one.duration_s for one in self._samples])

@@ -53,7 +53,7 @@ class CompareOptions(Struct, frozen=True, kw_only=True):
     cores: tuple[int, ...] = ()
     threads: int = 1
     residency: Residency = "together"
-    kv_cache_memory_bytes: int = 256 << 20
+    kv_cache_memory_bytes: int = 512 << 20
     dtype: str = "auto"
     block_size: int | None = None
     max_num_seqs: int = 256
