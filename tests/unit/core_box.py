@@ -23,6 +23,15 @@ from tinfer.core.types import (
 
 CAPACITY = Capacity(num_blocks=100, block_tokens=16, max_num_seqs=4, chunk_tokens=50)
 KEY = LeaseKey("p", 0, 0, 0)
+# The plainest policy of each kind: what they decide is tested with the policies.
+PLAIN: dict[str, object] = {
+    "route": "split",
+    "prefill_order": "fcfs",
+    "prefill_choice": "least-loaded",
+    "whole_choice": "least-loaded",
+    "decode_choice": "least-kv",
+    "decode_admission": "greedy",
+}
 HAND_OFF = StartDecode("r", "d", 0, KEY)
 
 
@@ -30,7 +39,7 @@ class Box:
     """A scheduler and shorthand for what its workers may say."""
 
     def __init__(self, roles: str = "p d", capacity: Capacity = CAPACITY, **config: object) -> None:
-        self.scheduler = Scheduler(SchedulerConfig(**config))  # type: ignore[arg-type]
+        self.scheduler = Scheduler(SchedulerConfig(**PLAIN | config))  # type: ignore[arg-type]
         self.capacity = capacity
         for worker_id in roles.split():
             self.up(worker_id)

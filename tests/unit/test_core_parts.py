@@ -7,22 +7,27 @@ import itertools
 import msgspec
 import pytest
 
+from tinfer.core.costs import CostModel
 from tinfer.core.events import Action, Event, Fail, StartDecode, WorkerFinished, WorkerUp
-from tinfer.core.fleet import Fleet, Worker, can_hand_off
+from tinfer.core.fleet import Fleet, can_hand_off
 from tinfer.core.ledger import Ledger, LedgerError
+from tinfer.core.lengths import certain
 from tinfer.core.lifecycle import LEGAL, LifecycleError, move
-from tinfer.core.policies.decode import Greedy, LeastKvLoad
-from tinfer.core.policies.prefill import DECODE_SEQ_WEIGHT_TOKENS, Fcfs, LeastLoaded
+from tinfer.core.policies.admission import Greedy
+from tinfer.core.policies.decode import LeastKv
+from tinfer.core.policies.orders import Fcfs
+from tinfer.core.policies.prefill import DECODE_SEQ_WEIGHT_TOKENS, LeastLoaded
 from tinfer.core.policies.registry import UnknownPolicy
 from tinfer.core.requests import Request, RequestTable
 from tinfer.core.scheduler import Scheduler
 from tinfer.core.types import Capacity, LeaseKey, Phase, Role, Route, SchedulerConfig
+from tinfer.core.worker import Worker
 
 CAPACITY = Capacity(num_blocks=10, block_tokens=16, max_num_seqs=2, chunk_tokens=32)
 
 
 def request(request_id: str = "r", prompt_tokens: int = 16) -> Request:
-    return Request(request_id, prompt_tokens, 8, 0, 0.0, Route.SPLIT)
+    return Request(request_id, prompt_tokens, 8, 0, 0.0, Route.SPLIT, certain(8))
 
 
 def worker(worker_id: str = "p", role: Role = Role.PREFILL) -> Worker:
@@ -166,14 +171,14 @@ def test_two_replicas_do_not_hand_off_to_each_other() -> None:
     ],
 )
 def test_a_split_starts_where_somebody_else_can_read(roles: str, sources: list[str]) -> None:
-    fleet = Fleet()
+    fleet = Fleet(CostModel())
     for i, role in enumerate(roles.split()):
         fleet.up(up(f"w{i}", Role[role]))
     assert [w.id for w in fleet.split_sources] == sources
 
 
 def test_workers_are_listed_by_id_however_they_came_up() -> None:
-    fleet = Fleet()
+    fleet = Fleet(CostModel())
     for worker_id in ("p2", "p1"):
         fleet.up(up(worker_id, Role.PREFILL))
     for worker_id in ("d2", "d1"):
@@ -184,7 +189,7 @@ def test_workers_are_listed_by_id_however_they_came_up() -> None:
 
 
 def test_an_old_generation_never_comes_up_again() -> None:
-    fleet = Fleet()
+    fleet = Fleet(CostModel())
     fleet.up(up("p", Role.PREFILL, 3))
     assert fleet.down("p", 2) is None
     assert fleet.get("p", 2) is None
@@ -197,7 +202,7 @@ def test_an_old_generation_never_comes_up_again() -> None:
 
 
 def test_two_incarnations_of_one_worker_are_never_up_together() -> None:
-    fleet = Fleet()
+    fleet = Fleet(CostModel())
     fleet.up(up("p", Role.PREFILL, 0))
     with pytest.raises(LifecycleError, match="up again"):
         fleet.up(up("p", Role.PREFILL, 1))
@@ -222,11 +227,11 @@ def test_fcfs_keeps_arrival_order_and_forgets_what_it_is_told_to() -> None:
     a, b, c = request("a"), request("b"), request("c")
     for r in (b, a, c):
         order.add(r, 0.0)
-    assert order.first(0.0) is b
+    assert next(order.in_order(0.0)) is b
     order.discard(b)
     order.discard(b)
     order.discard(a)
-    assert order.first(0.0) is c
+    assert next(order.in_order(0.0)) is c
     assert len(order) == 1
 
 
@@ -242,7 +247,7 @@ def test_least_loaded_weighs_prompts_against_decoding_sequences() -> None:
 
 def test_equal_loads_go_to_the_smaller_id_however_listed() -> None:
     a, b = worker("a"), worker("b")
-    for policy in (LeastLoaded(), LeastKvLoad()):
+    for policy in (LeastLoaded(), LeastKv()):
         assert policy.choose(request(), [b, a], 0.0) is a
         assert policy.choose(request(), [a, b], 0.0) is a
 
@@ -250,7 +255,7 @@ def test_equal_loads_go_to_the_smaller_id_however_listed() -> None:
 def test_decode_goes_to_the_lightest_kv_load() -> None:
     a, b = worker("a"), worker("b")
     a.num_held_blocks = 1
-    assert LeastKvLoad().choose(request(), [a, b], 0.0) is b
+    assert LeastKv().choose(request(), [a, b], 0.0) is b
 
 
 @pytest.mark.parametrize(
@@ -277,11 +282,12 @@ def test_greedy_wants_a_seat() -> None:
     ("option", "names"),
     [
         ("route", "auto, split, whole"),
-        ("prefill_order", "fcfs"),
-        ("prefill_choice", "least-loaded"),
-        ("whole_choice", "least-loaded"),
-        ("decode_choice", "least-loaded"),
-        ("decode_admission", "greedy"),
+        ("prefill_order", "fcfs, ljf, sjf, srpt"),
+        ("prefill_choice", "earliest-finish, least-loaded"),
+        ("whole_choice", "earliest-finish, least-loaded"),
+        ("decode_choice", "least-kv, power-of-two, projected"),
+        ("decode_admission", "greedy, peak, reserve-dynamic, reserve-static"),
+        ("dispatch", "first-chunk, first-token"),
     ],
 )
 def test_an_unknown_policy_is_refused_with_the_known_names(option: str, names: str) -> None:

@@ -92,7 +92,7 @@ def test_a_first_token_can_end_a_split_request(box: Box) -> None:
 @pytest.mark.parametrize(
     ("config", "wish", "out", "start"),
     [
-        ("auto", None, 8, StartPrefill("r", "p", 0)),
+        ("auto", None, 8, StartWhole("r", "d", 0)),  # an idle box
         ("split", None, 8, StartPrefill("r", "p", 0)),
         ("split", Route.WHOLE, 8, StartWhole("r", "d", 0)),
         ("whole", Route.SPLIT, 8, StartPrefill("r", "p", 0)),

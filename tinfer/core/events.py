@@ -8,18 +8,26 @@ from __future__ import annotations
 
 from msgspec import Struct
 
+from tinfer.core.lengths import Lengths
 from tinfer.core.types import Capacity, LeaseKey, Role, Route
 
 # --- events ----------------------------------------------------------------------------------
 
 
 class Arrived(Struct, tag=True, frozen=True):
-    """A valid request. `max_output_tokens` ≥ 1 bounds the answer; `route` is the client's wish."""
+    """A valid request. `max_output_tokens` ≥ 1 bounds the answer; `route` is the client's wish.
+
+    `lengths` is what the predictor says of the answer, None that nothing but its bound is known.
+    `block_hashes` has one hash per whole KV block of the prompt, each of the prompt up to its end:
+    equal hashes are equal prefixes.
+    """
 
     request_id: str
     prompt_tokens: int
     max_output_tokens: int
     route: Route | None = None
+    lengths: Lengths | None = None
+    block_hashes: tuple[int, ...] = ()
 
 
 class Cancelled(Struct, tag=True, frozen=True):
@@ -56,6 +64,24 @@ class WorkerGone(Struct, tag=True, frozen=True):
     """The supervisor has given this worker up: no further incarnation of it will come."""
 
     worker_id: str
+
+
+class Stepped(Struct, tag=True, frozen=True):
+    """What a worker has done since it last said so, which nobody else can know.
+
+    `num_steps`, `busy_s` (spent in them) and `num_prefill_tokens` are totals of the incarnation.
+    `progress` are the prompts of which a chunk was computed and that are not done, with the tokens
+    computed so far; `preempted` the requests that lost their blocks and compute them again.
+    """
+
+    worker_id: str
+    generation: int
+    num_steps: int
+    busy_s: float
+    num_prefill_tokens: int
+    num_free_blocks: int
+    progress: tuple[tuple[str, int], ...] = ()
+    preempted: tuple[str, ...] = ()
 
 
 class FirstToken(Struct, tag=True, frozen=True):
@@ -131,6 +157,7 @@ Event = (
     | WorkerUp
     | WorkerDown
     | WorkerGone
+    | Stepped
     | FirstToken
     | Prefilled
     | Pulled
@@ -177,6 +204,15 @@ class AbortOn(Struct, tag=True, frozen=True):
     generation: int
 
 
+class SetBudget(Struct, tag=True, frozen=True):
+    """From its next step on, compute at most so many prompt tokens per step there; None: as many
+    as the engine takes. Sequences that decode and pulls are never held back by it."""
+
+    worker_id: str
+    generation: int
+    prefill_tokens: int | None
+
+
 class ReleaseLease(Struct, tag=True, frozen=True):
     """Tell the owner that no reader will come, or that it is dead."""
 
@@ -197,4 +233,13 @@ class Fail(Struct, tag=True, frozen=True):
     message: str
 
 
-Action = StartPrefill | StartWhole | StartDecode | AbortOn | ReleaseLease | ExtendLease | Fail
+Action = (
+    StartPrefill
+    | StartWhole
+    | StartDecode
+    | AbortOn
+    | SetBudget
+    | ReleaseLease
+    | ExtendLease
+    | Fail
+)

@@ -5,94 +5,11 @@ Nothing here depends on the order in which workers came up: every list is sorted
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
+from tinfer.core.costs import CostModel
 from tinfer.core.events import WorkerUp
 from tinfer.core.lifecycle import LifecycleError
-from tinfer.core.requests import Request
-from tinfer.core.types import Capacity, Role, WorkerSnapshot
-
-# One chunk computes while the next stands ready: the engine never starves, and all else stays in
-# the master's queue, where order and cancel are exact.
-NUM_OUTSTANDING_CHUNKS = 2
-
-
-@dataclass(slots=True, eq=False)
-class Worker:
-    """One live incarnation. Only the scheduler writes it; policies read it.
-
-    `requests` are those that compute here, zombies included: each takes a seat.
-    `outstanding_prefill_tokens` are prompt tokens sent and not yet known to be computed, those of
-    `num_prefilling` requests; `num_placed_blocks` is what the prompts of `requests` need, with one
-    token more each, and `num_held_blocks` what open leases keep.
-    """
-
-    id: str
-    generation: int
-    role: Role
-    capacity: Capacity
-    requests: dict[str, Request] = field(default_factory=dict)
-    outstanding_prefill_tokens: int = 0
-    num_prefilling: int = 0
-    num_placed_blocks: int = 0
-    num_held_blocks: int = 0
-
-    @property
-    def num_seqs(self) -> int:
-        return len(self.requests)
-
-    @property
-    def num_projected_blocks(self) -> int:
-        return self.num_placed_blocks + self.num_held_blocks
-
-    @property
-    def has_seat(self) -> bool:
-        return self.num_seqs < self.capacity.max_num_seqs
-
-    @property
-    def takes_prefill(self) -> bool:
-        """Whether a prefill sent now starts soon, rather than wait out of the master's sight."""
-        limit_tokens = NUM_OUTSTANDING_CHUNKS * self.capacity.chunk_tokens
-        return self.has_seat and self.outstanding_prefill_tokens < limit_tokens
-
-    def blocks_for(self, request: Request) -> int:
-        """KV blocks for the prompt and one more token."""
-        return -(-(request.prompt_tokens + 1) // self.capacity.block_tokens)
-
-    def place(self, request: Request, prefill_tokens: int) -> None:
-        """Count a request here, with the prompt tokens that it has to compute here."""
-        request.at = self
-        request.prefill_tokens = prefill_tokens
-        request.num_blocks = self.blocks_for(request)
-        self.requests[request.id] = request
-        self.outstanding_prefill_tokens += prefill_tokens
-        self.num_prefilling += prefill_tokens > 0
-        self.num_placed_blocks += request.num_blocks
-
-    def prefill_done(self, request: Request) -> None:
-        """The prompt is computed, the request stays."""
-        self.outstanding_prefill_tokens -= request.prefill_tokens
-        self.num_prefilling -= request.prefill_tokens > 0
-        request.prefill_tokens = 0
-
-    def remove(self, request: Request) -> None:
-        """The request no longer computes here."""
-        self.prefill_done(request)
-        self.num_placed_blocks -= request.num_blocks
-        del self.requests[request.id]
-        request.at = None
-        request.num_blocks = 0
-
-    def snapshot(self) -> WorkerSnapshot:
-        return WorkerSnapshot(
-            worker_id=self.id,
-            generation=self.generation,
-            role=self.role,
-            outstanding_prefill_tokens=self.outstanding_prefill_tokens,
-            num_seqs=self.num_seqs,
-            num_projected_blocks=self.num_projected_blocks,
-            num_held_blocks=self.num_held_blocks,
-        )
+from tinfer.core.types import Role
+from tinfer.core.worker import Worker
 
 
 def can_hand_off(source: Role, reader: Role) -> bool:
@@ -108,7 +25,10 @@ def can_hand_off(source: Role, reader: Role) -> bool:
 class Fleet:
     """Live incarnations, and the workers of which one is still to come."""
 
-    def __init__(self) -> None:
+    def __init__(self, costs: CostModel) -> None:
+        self.costs = costs
+        # Roles of the workers whose hand-offs wait for a reader with room.
+        self.waiting_sources: set[Role] = set()
         self.workers: list[Worker] = []
         self.split_sources: list[Worker] = []
         self._by_id: dict[str, Worker] = {}
@@ -135,7 +55,7 @@ class Fleet:
         if event.worker_id in self._by_id:
             raise LifecycleError(f"{event.worker_id}: up again before it was seen down")
         self._last_generation[event.worker_id] = event.generation
-        worker = Worker(event.worker_id, event.generation, event.role, event.capacity)
+        worker = Worker(event.worker_id, event.generation, event.role, event.capacity, self.costs)
         self._by_id[worker.id] = worker
         self.expect(worker.id, worker.role)
         self._index()
@@ -153,6 +73,21 @@ class Fleet:
     def readers(self, source: Role) -> list[Worker]:
         """Live workers that may read what a worker of role `source` has prefilled."""
         return [worker for worker in self.workers if can_hand_off(source, worker.role)]
+
+    def open_to_whole(self) -> list[Worker]:
+        """All but those that a waiting hand-off could go to: it was first, and it holds memory."""
+        if not self.waiting_sources:
+            return self.workers
+        return [
+            worker
+            for worker in self.workers
+            if not any(can_hand_off(source, worker.role) for source in self.waiting_sources)
+        ]
+
+    @property
+    def num_taking(self) -> int:
+        """Workers that a prefill could start on now."""
+        return sum(worker.takes_prefill for worker in self.workers)
 
     def expects_reader(self, source: Role) -> bool:
         """Whether such a worker is up or to come."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from tinfer.core.fleet import Worker
 from tinfer.core.types import LeaseKey
+from tinfer.core.worker import Worker
 
 
 class LedgerError(RuntimeError):

@@ -10,19 +10,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tinfer.core.lengths import Lengths
 from tinfer.core.lifecycle import LifecycleError, move
 from tinfer.core.types import LeaseKey, Phase, Route
 
 if TYPE_CHECKING:
-    from tinfer.core.fleet import Worker
+    from tinfer.core.worker import Worker
 
 
 @dataclass(slots=True, eq=False)
 class Request:
     """One request. Only the scheduler writes it; policies read it.
 
-    `wish` is the route chosen at arrival, `route` the one really taken. `at` is the incarnation
-    that computes it, with `prefill_tokens` and `num_blocks` as they are counted there.
+    `wish` is the route asked for, None where the policy decides when it starts; `route` the one
+    really taken. `at` is the incarnation that computes it: `num_blocks` are counted there for its
+    prompt, of which `prefill_tokens` are still to be computed. Once it decodes, it has one output
+    token at step `first_step` of that worker, and one more with each further step. `target` is
+    the decode worker that it is meant for, where that is settled before its prefill ends.
     """
 
     id: str
@@ -30,12 +34,16 @@ class Request:
     max_output_tokens: int
     arrival_seq: int
     arrived_s: float
-    wish: Route
+    wish: Route | None
+    lengths: Lengths
+    block_hashes: tuple[int, ...] = ()
     phase: Phase = Phase.QUEUED
     route: Route | None = None
     at: Worker | None = None
     prefill_tokens: int = 0
     num_blocks: int = 0
+    first_step: int | None = None
+    target: Worker | None = None
     lease: LeaseKey | None = None
 
 

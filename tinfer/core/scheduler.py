@@ -10,9 +10,13 @@ are the ones that a race explains, and those are ignored.
 
 from __future__ import annotations
 
+from itertools import islice
+
 from tinfer.core import events as ev
-from tinfer.core.fleet import Fleet, Worker
+from tinfer.core.fleet import Fleet
 from tinfer.core.ledger import Lease, LeaseState, Ledger
+from tinfer.core.lengths import certain
+from tinfer.core.policies.interfaces import Placement
 from tinfer.core.policies.registry import build_policies
 from tinfer.core.requests import Request, RequestTable
 from tinfer.core.types import (
@@ -23,6 +27,7 @@ from tinfer.core.types import (
     SchedulerConfig,
     WorkerSnapshot,
 )
+from tinfer.core.worker import Worker
 
 
 class Scheduler:
@@ -30,14 +35,14 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._max_num_queued_reqs = config.max_num_queued_reqs
-        self._policies = build_policies(config)
+        self._fleet = Fleet(config.costs)
+        self._policies = build_policies(config, self._fleet)
         self._queues = self._policies.queues
         # Prefilled and waiting for a reader, by the source's role, which decides who may read:
         # within one of the two all wait for the same workers, so strict order blocks nobody.
         self._handoffs: dict[Role, dict[str, Request]] = {Role.PREFILL: {}, Role.BOTH: {}}
         self._requests = RequestTable()
         self._ledger = Ledger()
-        self._fleet = Fleet()
         self._num_arrived = 0
         self._actions: list[ev.Action] = []
 
@@ -79,10 +84,12 @@ class Scheduler:
                 self._arrived(event, now_s)
             case ev.Cancelled():
                 self._cancelled(event)
+            case ev.Stepped():
+                self._stepped(event, now_s)
             case ev.FirstToken():
                 self._first_token(event)
             case ev.Prefilled():
-                self._prefilled(event)
+                self._prefilled(event, now_s)
             case ev.Pulled():
                 self._pulled(event)
             case ev.WorkerFinished():
@@ -117,12 +124,12 @@ class Scheduler:
             max_output_tokens=event.max_output_tokens,
             arrival_seq=self._num_arrived,
             arrived_s=now_s,
-            wish=Route.WHOLE,
+            wish=event.route or self._policies.wish,
+            lengths=(event.lengths or certain(event.max_output_tokens)).up_to(
+                event.max_output_tokens
+            ),
+            block_hashes=event.block_hashes,
         )
-        # One token is all prefill: there is nothing to hand off.
-        if event.max_output_tokens > 1:
-            chosen = event.route or self._policies.route.route(request, self._fleet, now_s)
-            request.wish = chosen
         self._requests.add(request)
         self._num_arrived += 1
         self._queues[request.wish].add(request, now_s)
@@ -147,10 +154,11 @@ class Scheduler:
         if not worker or not request or request.route is not Route.WHOLE:  # late
             return
         worker.prefill_done(request)
+        worker.decodes(request)
         if request.phase is Phase.PREFILLING:
             self._requests.move(request, Phase.DECODING)
 
-    def _prefilled(self, event: ev.Prefilled) -> None:
+    def _prefilled(self, event: ev.Prefilled, now_s: float) -> None:
         worker = self._fleet.get(event.worker_id, event.generation)
         if worker is None:  # late: an incarnation that was seen dead
             return
@@ -160,6 +168,7 @@ class Scheduler:
             return self._release(lease)
         lease = self._ledger.open(event.lease, worker, event.num_blocks, request.id)
         request.lease = event.lease
+        self._settle(request, now_s)
         worker.remove(request)
         if self._requests.is_zombie(request):
             self._requests.bury(request)
@@ -177,6 +186,8 @@ class Scheduler:
         if request is None:
             return
         self._ledger.stop_pull(request.id)
+        worker.decodes(request)
+        worker.prefixes.use(request.block_hashes)
         if request.phase is Phase.HANDOFF:
             self._requests.move(request, Phase.DECODING)
 
@@ -233,21 +244,58 @@ class Scheduler:
             else:
                 self._lose(request, worker)
 
+    def _stepped(self, event: ev.Stepped, now_s: float) -> None:
+        worker = self._fleet.get(event.worker_id, event.generation)
+        if worker is None:  # late
+            return
+        worker.stepped(event, now_s)
+        for request_id, computed_tokens in event.progress:
+            request = self._requests.at(request_id, worker)
+            if request is not None and request.prefill_tokens:
+                worker.prefill_progress(request, computed_tokens)
+                self._settle(request, now_s)
+
     # --- placement ---------------------------------------------------------------------------
 
+    def _settle(self, request: Request, now_s: float) -> None:
+        """Choose the decode worker of a split request early, if that is the mode."""
+        if self._policies.settles_early and request.route is Route.SPLIT and request.at is not None:
+            readers = self._fleet.readers(request.at.role)
+            if readers and request.target is None:
+                request.target = self._policies.decode_choice.choose(request, readers, now_s)
+
     def _admit_handoffs(self, now_s: float) -> None:
-        """Give waiting hand-offs to decode workers with room, in order of their prefill's end."""
+        """Give waiting hand-offs to decode workers with room, in order of their prefill's end.
+
+        A worker that has no room for one takes no later one either: nobody overtakes.
+        """
         for source, waiting in self._handoffs.items():
-            readers = self._fleet.readers(source) if waiting else []
-            if waiting and not self._fleet.expects_reader(source):
+            if not waiting:
+                continue
+            readers = self._fleet.readers(source)
+            if not self._fleet.expects_reader(source):
                 self._fail_handoffs(waiting)
-            while waiting:
-                request = next(iter(waiting.values()))
-                worker = self._choose_reader(request, readers, now_s)
-                if worker is None:
+            full: set[str] = set()
+            for request in list(waiting.values()):
+                open_readers = [one for one in readers if one.id not in full]
+                if not open_readers:
                     break
-                del waiting[request.id]
-                self._start_decode(request, worker)
+                wanted = self._wanted_readers(request, open_readers, readers)
+                worker = self._choose_reader(request, wanted, now_s) if wanted else None
+                if worker is None:
+                    full |= {one.id for one in wanted}
+                else:
+                    del waiting[request.id]
+                    self._start_decode(request, worker)
+        self._fleet.waiting_sources = {role for role, waiting in self._handoffs.items() if waiting}
+
+    def _wanted_readers(
+        self, request: Request, open_readers: list[Worker], readers: list[Worker]
+    ) -> list[Worker]:
+        """The one it is meant for, if that is settled and lives, else all that are open."""
+        if request.target is not None and request.target in readers:
+            return [request.target] if request.target in open_readers else []
+        return open_readers
 
     def _choose_reader(
         self, request: Request, readers: list[Worker], now_s: float
@@ -266,45 +314,39 @@ class Scheduler:
         self._actions.append(ev.StartDecode(request.id, worker.id, worker.generation, lease.key))
 
     def _start_queued(self, now_s: float) -> None:
-        """Start queued requests, earliest arrival first between the two queues."""
+        """Start queued requests; between the queues, the earliest arrival first."""
         if self._fleet.is_exhausted:
             self._fail_queued(now_s)
-        open_queues = list(self._queues.values())
-        while True:
-            heads = [(queue.first(now_s), queue) for queue in open_queues if len(queue)]
-            ready = [(request, queue) for request, queue in heads if request is not None]
-            if not ready:
-                return
-            request, queue = min(ready, key=lambda head: head[0].arrival_seq)
-            if self._start(request, now_s):
+        open_wishes = [wish for wish, queue in self._queues.items() if len(queue)]
+        while open_wishes and self._fleet.num_taking:
+            wish = min(open_wishes, key=lambda one: self._head(one, now_s).arrival_seq)
+            if not self._start_one(wish, now_s) or not len(self._queues[wish]):
+                open_wishes.remove(wish)
+
+    def _head(self, wish: Route | None, now_s: float) -> Request:
+        return next(self._queues[wish].in_order(now_s))
+
+    def _start_one(self, wish: Route | None, now_s: float) -> bool:
+        """Start the first request of a queue that can; says whether one could."""
+        queue, placer = self._queues[wish], self._policies.placers[wish]
+        ahead_tokens = 0
+        for request in islice(queue.in_order(now_s), placer.num_tried):
+            placement = placer.place(request, self._fleet, ahead_tokens, now_s)
+            if placement is not None:
                 queue.discard(request)
-            else:
-                open_queues.remove(queue)
+                self._start(request, placement)
+                return True
+            ahead_tokens += request.prompt_tokens
+        return False
 
-    def _start(self, request: Request, now_s: float) -> bool:
-        """Start a queued request if a worker takes it now.
-
-        A request that wants to split where no two live workers can is computed whole.
-        """
-        split = request.wish is Route.SPLIT and bool(self._fleet.split_sources)
-        workers = self._fleet.split_sources if split else self._workers_for_whole()
-        candidates = [worker for worker in workers if worker.takes_prefill]
-        choice = self._policies.prefill_choice if split else self._policies.whole_choice
-        worker = choice.choose(request, candidates, now_s) if candidates else None
-        if worker is None:
-            return False
-        request.route = Route.SPLIT if split else Route.WHOLE
-        worker.place(request, prefill_tokens=request.prompt_tokens)
+    def _start(self, request: Request, placement: Placement) -> None:
+        route, worker = placement
+        request.route = route
+        worker.place(request, prefill_tokens=worker.uncached_tokens(request))
+        worker.prefixes.use(request.block_hashes)
         self._requests.move(request, Phase.PREFILLING)
-        start = ev.StartPrefill if split else ev.StartWhole
+        start = ev.StartPrefill if route is Route.SPLIT else ev.StartWhole
         self._actions.append(start(request.id, worker.id, worker.generation))
-        return True
-
-    def _workers_for_whole(self) -> list[Worker]:
-        """All but those that a waiting hand-off could go to: it was first, and it holds memory."""
-        waits = [source for source, waiting in self._handoffs.items() if waiting]
-        wanted = {worker.id for source in waits for worker in self._fleet.readers(source)}
-        return [worker for worker in self._fleet.workers if worker.id not in wanted]
 
     # --- ends --------------------------------------------------------------------------------
 
@@ -320,7 +362,8 @@ class Scheduler:
 
     def _fail_queued(self, now_s: float) -> None:
         for queue in self._queues.values():
-            while (request := queue.first(now_s)) is not None:
+            while len(queue):
+                request = next(queue.in_order(now_s))
                 queue.discard(request)
                 self._fail(request, "no-worker", "no worker is up and none will come")
 

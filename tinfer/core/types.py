@@ -7,6 +7,8 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
+from tinfer.core.costs import CostModel
+
 
 class Phase(enum.Enum):
     """Where a request is; the legal moves are `lifecycle.LEGAL`."""
@@ -63,16 +65,29 @@ class Capacity(Struct, frozen=True):
     chunk_tokens: int
 
 
-class SchedulerConfig(Struct, frozen=True):
-    """Which policy of each kind decides, by its registered name, and the bound of the queue."""
+class SchedulerConfig(Struct, frozen=True, kw_only=True):
+    """Which policy of each kind decides, by its registered name, and what they go by.
+
+    `route` "auto" decides per request. `prefill_sched_batch` is for the paper's orders; `ageing`
+    and `ttft_deadline_s` for `srpt`. `dispatch` says when a split request's decode worker is
+    settled: with its first chunk (the paper) or when its prefill is done. `overflow_z` is the
+    standard deviations that `peak` leaves room for. `seed` is of whatever draws at random.
+    """
 
     route: str = "auto"
-    prefill_order: str = "fcfs"
-    prefill_choice: str = "least-loaded"
-    whole_choice: str = "least-loaded"
-    decode_choice: str = "least-loaded"
-    decode_admission: str = "greedy"
+    prefill_order: str = "srpt"
+    prefill_sched_batch: Annotated[int, Meta(ge=1)] = 16
+    ageing: Annotated[float, Meta(gt=0)] = 0.1
+    ttft_deadline_s: Annotated[float, Meta(gt=0)] | None = None
+    prefill_choice: str = "earliest-finish"
+    whole_choice: str = "earliest-finish"
+    decode_choice: str = "projected"
+    decode_admission: str = "peak"
+    dispatch: str = "first-token"
+    overflow_z: Annotated[float, Meta(ge=0)] = 1.64
     max_num_queued_reqs: Annotated[int, Meta(ge=1)] = 1024
+    costs: CostModel = CostModel()
+    seed: int = 0
 
 
 class WorkerSnapshot(Struct, frozen=True):

@@ -1,30 +1,79 @@
-"""Decode: which worker takes over a prefilled request, and when it has room."""
+"""Which decode worker takes a prefilled request over."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
-from tinfer.core.fleet import Worker
+from tinfer.core.policies.admission import newcomer_at
 from tinfer.core.requests import Request
+from tinfer.core.worker import Worker
 
 
-class LeastKvLoad:
+class LeastKv:
     """The worker with the smallest part of its KV blocks spoken for, then the fewest sequences."""
 
     def choose(self, request: Request, candidates: Sequence[Worker], now_s: float) -> Worker | None:
         return min(candidates, key=_kv_load)
 
 
-class Greedy:
-    """Admit while a seat is free and the blocks for the prompt and one more token are.
+class PowerOfTwo:
+    """The paper's dispatcher: of two random workers the one with the lowest heavy:light ratio.
 
-    An empty worker admits even a request larger than all of it: the engine has the last word.
+    The two are drawn from the alpha set, the workers with room for what the request will use at
+    least; the rest are the beta set (arXiv 2401.11181, section 3.3.4). The paper does not say what
+    happens when alpha is empty: here the two come from beta then, since the request has to go
+    somewhere and waits there for room. Ratios that are equal go by KV in use.
     """
 
-    def admits(self, request: Request, worker: Worker, now_s: float) -> bool:
-        num_used = worker.num_projected_blocks
-        fits = num_used + worker.blocks_for(request) <= worker.capacity.num_blocks
-        return worker.has_seat and (fits or num_used == 0)
+    def __init__(self, seed: int) -> None:
+        self._rng = random.Random(f"power of two {seed}")
+
+    def choose(self, request: Request, candidates: Sequence[Worker], now_s: float) -> Worker | None:
+        needed_tokens = request.prompt_tokens + request.lengths.low
+        alpha = [worker for worker in candidates if needed_tokens <= worker.free_tokens]
+        drawn_from = alpha or list(candidates)
+        drawn = self._rng.sample(drawn_from, min(2, len(drawn_from)))
+        return min(drawn, key=lambda worker: (heavy_to_light(worker), *_kv_load(worker)))
+
+
+class Projected:
+    """The worker on which the request costs least, of all: exact state needs no sampling.
+
+    Cost is what it adds to time per token, its own and its neighbours', as a share of a step; and
+    how full the worker's KV will be at its peak, which counts the more the closer it is to full:
+    what overflows is computed twice.
+    """
+
+    def choose(self, request: Request, candidates: Sequence[Worker], now_s: float) -> Worker | None:
+        return min(candidates, key=lambda worker: (added_cost(request, worker), worker.id))
+
+
+def added_cost(request: Request, worker: Worker) -> float:
+    """In steps of one sequence alone, over the whole answer of one request."""
+    alone_s = worker.costs.decode_step_s(1, request.prompt_tokens)
+    before_s = worker.decode_step_s()
+    after_s = worker.decode_step_s(1, request.prompt_tokens)
+    mine = after_s * worker.slowness / alone_s
+    neighbours = worker.num_decoding * (after_s - before_s) * worker.slowness / alone_s
+    return mine + neighbours + crowding(request, worker)
+
+
+def crowding(request: Request, worker: Worker) -> float:
+    """What a KV cache that will be full costs, in steps of one sequence alone.
+
+    Nothing while its expected peak with the request stays under half; from there it rises, to as
+    much as ten neighbours' steps at full: what overflows is computed twice.
+    """
+    peak_tokens = worker.projection().peak_with(newcomer_at(request, worker))
+    over = max(0.0, peak_tokens / max(1, worker.capacity_tokens) - 0.5)
+    return 40.0 * over * over
+
+
+def heavy_to_light(worker: Worker) -> float:
+    """Heavy decodes per light one among the requests placed there."""
+    num_heavy = sum(one.lengths.is_heavy for one in worker.requests.values())
+    return num_heavy / max(1, worker.num_seqs - num_heavy)
 
 
 def _kv_load(worker: Worker) -> tuple[float, int, str]:

@@ -7,24 +7,20 @@ at random gets its own seeded generator when it is built.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
 
-from tinfer.core.fleet import Fleet, Worker
+from tinfer.core.fleet import Fleet
 from tinfer.core.requests import Request
 from tinfer.core.types import Route
-
-
-class RoutePolicy(Protocol):
-    """Whether a request splits; asked once, at arrival, where the client has no wish."""
-
-    def route(self, request: Request, fleet: Fleet, now_s: float) -> Route: ...
+from tinfer.core.worker import Worker
 
 
 class PrefillOrder(Protocol):
     """The queue of requests that wait for a first worker, and in which order they leave it.
 
-    `first` names the one to start next and does not remove it: it may have to wait for room.
+    `in_order` yields those that may start now, the one to start first at first. It removes none,
+    and it is not used any further once the queue has changed.
     """
 
     def __len__(self) -> int: ...
@@ -33,7 +29,7 @@ class PrefillOrder(Protocol):
 
     def discard(self, request: Request) -> None: ...
 
-    def first(self, now_s: float) -> Request | None: ...
+    def in_order(self, now_s: float) -> Iterator[Request]: ...
 
 
 class WorkerChoice(Protocol):
@@ -48,6 +44,27 @@ class WorkerChoice(Protocol):
 
 
 class DecodeAdmission(Protocol):
-    """Whether a worker has room for a hand-off now."""
+    """Whether a worker has room for a request that is to decode there now."""
 
     def admits(self, request: Request, worker: Worker, now_s: float) -> bool: ...
+
+
+class Placement(NamedTuple):
+    """Where a request starts. `split`: its prefill alone, and whole otherwise."""
+
+    route: Route
+    worker: Worker
+
+
+class Placer(Protocol):
+    """Route and first worker of a request that could start now; None keeps it waiting.
+
+    `ahead_tokens` are of prompts that were asked about before in this round and wait on.
+    `num_tried` is how many requests of its queue may be asked about: one where the order is strict.
+    """
+
+    num_tried: int
+
+    def place(
+        self, request: Request, fleet: Fleet, ahead_tokens: int, now_s: float
+    ) -> Placement | None: ...

@@ -6,29 +6,48 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from tinfer.core.policies.decode import Greedy, LeastKvLoad
+from tinfer.core.fleet import Fleet
+from tinfer.core.policies.admission import Greedy, Peak, ReserveDynamic, ReserveStatic
+from tinfer.core.policies.auto import AutoPlacer
+from tinfer.core.policies.decode import LeastKv, PowerOfTwo, Projected
 from tinfer.core.policies.interfaces import (
     DecodeAdmission,
+    Placer,
     PrefillOrder,
-    RoutePolicy,
     WorkerChoice,
 )
-from tinfer.core.policies.prefill import Fcfs, LeastLoaded
-from tinfer.core.policies.route import FixedRoute
+from tinfer.core.policies.orders import Batched, Fcfs, Srpt
+from tinfer.core.policies.placers import SplitPlacer, WholePlacer
+from tinfer.core.policies.prefill import EarliestFinish, LeastLoaded
 from tinfer.core.types import Route, SchedulerConfig
 
 T = TypeVar("T")
 Factory = Callable[[SchedulerConfig], T]
+OrderFactory = Callable[[SchedulerConfig, Fleet], PrefillOrder]
 
-ROUTES: dict[str, Factory[RoutePolicy]] = {
-    "auto": lambda config: FixedRoute(Route.SPLIT),
-    "split": lambda config: FixedRoute(Route.SPLIT),
-    "whole": lambda config: FixedRoute(Route.WHOLE),
+ROUTES: dict[str, Route | None] = {"auto": None, "split": Route.SPLIT, "whole": Route.WHOLE}
+DISPATCHES = ("first-token", "first-chunk")
+PREFILL_ORDERS: dict[str, OrderFactory] = {
+    "fcfs": lambda config, fleet: Fcfs(),
+    "sjf": lambda config, fleet: Batched(config.prefill_sched_batch, 1),
+    "ljf": lambda config, fleet: Batched(config.prefill_sched_batch, -1),
+    "srpt": lambda config, fleet: Srpt(config.costs, config.ageing, config.ttft_deadline_s, fleet),
 }
-PREFILL_ORDERS: dict[str, Factory[PrefillOrder]] = {"fcfs": lambda config: Fcfs()}
-START_CHOICES: dict[str, Factory[WorkerChoice]] = {"least-loaded": lambda config: LeastLoaded()}
-DECODE_CHOICES: dict[str, Factory[WorkerChoice]] = {"least-loaded": lambda config: LeastKvLoad()}
-DECODE_ADMISSIONS: dict[str, Factory[DecodeAdmission]] = {"greedy": lambda config: Greedy()}
+START_CHOICES: dict[str, Factory[WorkerChoice]] = {
+    "least-loaded": lambda config: LeastLoaded(),
+    "earliest-finish": lambda config: EarliestFinish(),
+}
+DECODE_CHOICES: dict[str, Factory[WorkerChoice]] = {
+    "least-kv": lambda config: LeastKv(),
+    "power-of-two": lambda config: PowerOfTwo(config.seed),
+    "projected": lambda config: Projected(),
+}
+DECODE_ADMISSIONS: dict[str, Factory[DecodeAdmission]] = {
+    "greedy": lambda config: Greedy(),
+    "reserve-static": lambda config: ReserveStatic(),
+    "reserve-dynamic": lambda config: ReserveDynamic(),
+    "peak": lambda config: Peak(config.overflow_z),
+}
 
 
 class UnknownPolicy(ValueError):
@@ -37,30 +56,35 @@ class UnknownPolicy(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Policies:
-    """One policy per decision; each wished route has a queue of its own."""
+    """One policy per decision; requests of each wish (None: no wish) have a queue and a placer."""
 
-    route: RoutePolicy
-    queues: dict[Route, PrefillOrder]
-    prefill_choice: WorkerChoice
-    whole_choice: WorkerChoice
+    wish: Route | None
+    queues: Mapping[Route | None, PrefillOrder]
+    placers: Mapping[Route | None, Placer]
     decode_choice: WorkerChoice
     decode_admission: DecodeAdmission
+    settles_early: bool
 
 
-def build_policies(config: SchedulerConfig) -> Policies:
+def build_policies(config: SchedulerConfig, fleet: Fleet) -> Policies:
     """The policies that the config names. Raises `UnknownPolicy`."""
 
-    def build(table: Mapping[str, Factory[T]], option: str) -> T:
+    def found(table: Mapping[str, T], option: str) -> T:
         name: str = getattr(config, option)
         if name not in table:
             raise UnknownPolicy(f"unknown {option} {name!r}; one of: {', '.join(sorted(table))}")
-        return table[name](config)
+        return table[name]
 
+    wishes = (Route.SPLIT, Route.WHOLE, None)
+    order = found(PREFILL_ORDERS, "prefill_order")
+    admission = found(DECODE_ADMISSIONS, "decode_admission")(config)
+    whole = WholePlacer(found(START_CHOICES, "whole_choice")(config))
+    split = SplitPlacer(found(START_CHOICES, "prefill_choice")(config), whole)
     return Policies(
-        route=build(ROUTES, "route"),
-        queues={route: build(PREFILL_ORDERS, "prefill_order") for route in Route},
-        prefill_choice=build(START_CHOICES, "prefill_choice"),
-        whole_choice=build(START_CHOICES, "whole_choice"),
-        decode_choice=build(DECODE_CHOICES, "decode_choice"),
-        decode_admission=build(DECODE_ADMISSIONS, "decode_admission"),
+        wish=found(ROUTES, "route"),
+        queues={wish: order(config, fleet) for wish in wishes},
+        placers={Route.SPLIT: split, Route.WHOLE: whole, None: AutoPlacer(admission)},
+        decode_choice=found(DECODE_CHOICES, "decode_choice")(config),
+        decode_admission=admission,
+        settles_early=found({name: name for name in DISPATCHES}, "dispatch") == "first-chunk",
     )

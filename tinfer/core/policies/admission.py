@@ -1,0 +1,92 @@
+"""When a decode worker takes a request over: the paper's three modes and ours.
+
+A mode is a gate on what a request will need; blocks are still allocated as it grows. Every mode
+leaves an empty worker open to a request larger than all of it: the engine has the last word.
+"""
+
+from __future__ import annotations
+
+from tinfer.core.projection import Resident
+from tinfer.core.requests import Request
+from tinfer.core.worker import Worker
+
+
+class Greedy:
+    """Admit while a seat is free and the blocks for the prompt and one more token are: as vLLM."""
+
+    def admits(self, request: Request, worker: Worker, now_s: float) -> bool:
+        return worker.has_seat and _fits(request.prompt_tokens + 1, worker)
+
+
+class ReserveStatic:
+    """Admit while what the request will use at least, prompt and predicted answer, is free now.
+
+    The lower end of the prediction counts, as in the paper (arXiv 2401.11181, section 3.4).
+    """
+
+    def admits(self, request: Request, worker: Worker, now_s: float) -> bool:
+        needed_tokens = request.prompt_tokens + request.lengths.low
+        return worker.has_seat and _fits(needed_tokens, worker)
+
+
+class ReserveDynamic:
+    """Admit while memory is left for the request when the resident that ends first has ended.
+
+    By then every resident has grown by as much as that one had left, by the lower ends of the
+    predictions, and the one that has ended is gone; the new one has its prompt and has grown alike.
+    """
+
+    def admits(self, request: Request, worker: Worker, now_s: float) -> bool:
+        if not worker.has_seat:
+            return False
+        if not worker.requests:
+            return True
+        shortest, first_ends = None, float("inf")
+        used_tokens = 0
+        for one in worker.requests.values():
+            generated = worker.generated_tokens(one)
+            left = max(1, one.lengths.low - generated)
+            used_tokens += one.prompt_tokens + generated
+            if left < first_ends:
+                first_ends, shortest = left, one.prompt_tokens + generated
+        assert shortest is not None
+        grown_tokens = int(first_ends) * (worker.num_seqs - 1)
+        then_tokens = used_tokens - shortest + grown_tokens
+        mine_tokens = request.prompt_tokens + min(int(first_ends), request.lengths.low)
+        # It has to fit now as well: blocks for its prompt are taken at once.
+        fits_now = _fits(request.prompt_tokens + 1, worker)
+        return fits_now and then_tokens + mine_tokens <= worker.capacity_tokens
+
+
+class Peak:
+    """Admit while the KV in use will rarely exceed what there is, at its highest from now on.
+
+    `z` is how many standard deviations above the expected peak have to fit: 1.64 bounds the
+    probability of an overflow at the peak to about 5 %.
+    """
+
+    def __init__(self, z: float) -> None:
+        self._z = z
+
+    def admits(self, request: Request, worker: Worker, now_s: float) -> bool:
+        if not worker.has_seat:
+            return False
+        if not worker.requests:
+            return True
+        if not _fits(request.prompt_tokens + 1, worker):
+            return False
+        newcomer = newcomer_at(request, worker)
+        return worker.projection().peak_with(newcomer, self._z) <= worker.capacity_tokens
+
+
+def newcomer_at(request: Request, worker: Worker) -> Resident:
+    """The request as a resident-to-be of that worker."""
+    held_tokens = request.prompt_tokens + 1 + worker.capacity.block_tokens // 2
+    return Resident(held_tokens, request.lengths.remaining(0))
+
+
+def _fits(tokens: int, worker: Worker) -> bool:
+    """Whether blocks for so many tokens are free now, or the worker holds nothing at all."""
+    num_blocks = -(-tokens // worker.capacity.block_tokens)
+    num_used = worker.num_used_blocks + worker.num_held_blocks
+    return num_used + num_blocks <= worker.capacity.num_blocks or num_used == 0

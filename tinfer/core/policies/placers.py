@@ -1,0 +1,43 @@
+"""Where a request starts when its route is given: on two workers, or on one."""
+
+from __future__ import annotations
+
+from tinfer.core.fleet import Fleet
+from tinfer.core.policies.interfaces import Placement, WorkerChoice
+from tinfer.core.requests import Request
+from tinfer.core.types import Route
+
+
+class SplitPlacer:
+    """Prefill on one of the workers that can hand off; whole where no two live workers can."""
+
+    num_tried = 1
+
+    def __init__(self, choice: WorkerChoice, otherwise: WholePlacer) -> None:
+        self._choice = choice
+        self._otherwise = otherwise
+
+    def place(
+        self, request: Request, fleet: Fleet, ahead_tokens: int, now_s: float
+    ) -> Placement | None:
+        if not fleet.split_sources or request.max_output_tokens == 1:
+            return self._otherwise.place(request, fleet, ahead_tokens, now_s)
+        candidates = [worker for worker in fleet.split_sources if worker.takes_prefill]
+        worker = self._choice.choose(request, candidates, now_s) if candidates else None
+        return None if worker is None else Placement(Route.SPLIT, worker)
+
+
+class WholePlacer:
+    """All of it on one of the workers that no waiting hand-off could go to."""
+
+    num_tried = 1
+
+    def __init__(self, choice: WorkerChoice) -> None:
+        self._choice = choice
+
+    def place(
+        self, request: Request, fleet: Fleet, ahead_tokens: int, now_s: float
+    ) -> Placement | None:
+        candidates = [worker for worker in fleet.open_to_whole() if worker.takes_prefill]
+        worker = self._choice.choose(request, candidates, now_s) if candidates else None
+        return None if worker is None else Placement(Route.WHOLE, worker)

@@ -1,0 +1,252 @@
+"""One live incarnation of a worker, as the scheduler knows it: what is on it, what that costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from tinfer.core.costs import CostModel
+from tinfer.core.events import Stepped
+from tinfer.core.prefixes import PrefixIndex
+from tinfer.core.projection import Projection, Resident
+from tinfer.core.requests import Request
+from tinfer.core.types import Capacity, Role, Route, WorkerSnapshot
+
+# One chunk computes while the next stands ready: the engine never starves, and all else stays in
+# the master's queue, where order and cancel are exact.
+NUM_OUTSTANDING_CHUNKS = 2
+# A projection is used for this many steps: a step moves all residents alike, its shape slowly.
+PROJECTION_STEPS = 8
+# For how long what a worker reports counts in what is believed of its speed and its work.
+MEMORY_S = 5.0
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """One live incarnation. Only the scheduler writes it; policies read it.
+
+    `requests` are those that compute here, zombies included: each takes a seat.
+    `outstanding_prefill_tokens` are prompt tokens sent and not yet known to be computed, those of
+    `num_prefilling` requests; `num_decoding` have their first token. `num_placed_blocks` is what
+    the prompts of `requests` need, with one token more each, and `num_held_blocks` what open leases
+    keep. `num_steps`, `busy_s` and `num_free_blocks` are what it said last; `slowness` is how long
+    its steps take, as a multiple of what `costs` make of them.
+    """
+
+    id: str
+    generation: int
+    role: Role
+    capacity: Capacity
+    costs: CostModel = field(default_factory=CostModel)
+    requests: dict[str, Request] = field(default_factory=dict)
+    outstanding_prefill_tokens: int = 0
+    num_prefilling: int = 0
+    num_placed_blocks: int = 0
+    num_held_blocks: int = 0
+    num_decoding: int = 0
+    num_steps: int = 0
+    busy_s: float = 0.0
+    num_prefill_tokens: int = 0
+    num_free_blocks: int | None = None
+    slowness: float = 1.0
+    # What `SetBudget` said last.
+    budget_tokens: int | None = None
+    prefixes: PrefixIndex = field(init=False)
+    # Over what decodes: 1 / expected length of the answer.
+    sum_inverse_lengths: float = 0.0
+    # Of the time until `reported_s`, what went to prompts lately.
+    recent_prefill_share: float = 0.0
+    reported_s: float = 0.0
+    # KV tokens of what decodes, at step 0: each grows by one with every step.
+    _kv_at_step_0: int = 0
+    _num_changes: int = 0
+    _projection: Projection | None = None
+    _projected_at: tuple[int, int] = (-1, -1)
+
+    def __post_init__(self) -> None:
+        self.prefixes = PrefixIndex(self.capacity.num_blocks)
+
+    @property
+    def num_seqs(self) -> int:
+        return len(self.requests)
+
+    @property
+    def num_projected_blocks(self) -> int:
+        return self.num_placed_blocks + self.num_held_blocks
+
+    @property
+    def has_seat(self) -> bool:
+        return self.num_seqs < self.capacity.max_num_seqs
+
+    @property
+    def takes_prefill(self) -> bool:
+        """Whether a prefill sent now starts soon, rather than wait out of the master's sight."""
+        limit_tokens = NUM_OUTSTANDING_CHUNKS * self.capacity.chunk_tokens
+        return self.has_seat and self.outstanding_prefill_tokens < limit_tokens
+
+    def blocks_for(self, request: Request) -> int:
+        """KV blocks for the prompt and one more token."""
+        return -(-(request.prompt_tokens + 1) // self.capacity.block_tokens)
+
+    def place(self, request: Request, prefill_tokens: int) -> None:
+        """Count a request here, with the prompt tokens that it has to compute here."""
+        request.at = self
+        request.prefill_tokens = prefill_tokens
+        request.first_step = None
+        request.num_blocks = self.blocks_for(request)
+        self.requests[request.id] = request
+        self.outstanding_prefill_tokens += prefill_tokens
+        self.num_prefilling += prefill_tokens > 0
+        self.num_placed_blocks += request.num_blocks
+        self._num_changes += 1
+
+    def prefill_progress(self, request: Request, computed_tokens: int) -> None:
+        """So much of the prompt is computed, and not all of it."""
+        left_tokens = max(1, request.prompt_tokens - computed_tokens)
+        if 0 < left_tokens < request.prefill_tokens:
+            self.outstanding_prefill_tokens -= request.prefill_tokens - left_tokens
+            request.prefill_tokens = left_tokens
+
+    def prefill_done(self, request: Request) -> None:
+        """The prompt is computed, the request stays."""
+        self.outstanding_prefill_tokens -= request.prefill_tokens
+        self.num_prefilling -= request.prefill_tokens > 0
+        request.prefill_tokens = 0
+
+    def decodes(self, request: Request) -> None:
+        """It has its first token, and one more with every step from now on."""
+        if request.first_step is None:
+            request.first_step = self.num_steps
+            self.num_decoding += 1
+            self._kv_at_step_0 += request.prompt_tokens + 1 - self.num_steps
+            self.sum_inverse_lengths += 1.0 / request.lengths.mean_remaining()
+            self._num_changes += 1
+
+    def remove(self, request: Request) -> None:
+        """The request no longer computes here."""
+        self.prefill_done(request)
+        if request.first_step is not None:
+            self.num_decoding -= 1
+            self._kv_at_step_0 -= request.prompt_tokens + 1 - request.first_step
+            self.sum_inverse_lengths -= 1.0 / request.lengths.mean_remaining()
+            request.first_step = None
+        if not self.num_decoding:  # what rounding left
+            self.sum_inverse_lengths = 0.0
+        self.num_placed_blocks -= request.num_blocks
+        del self.requests[request.id]
+        request.at = None
+        request.num_blocks = 0
+        self._num_changes += 1
+
+    def stepped(self, event: Stepped, now_s: float) -> None:
+        """Take in what it reports, and what that says of its speed and its work."""
+        num_steps = event.num_steps - self.num_steps
+        taken_s = event.busy_s - self.busy_s
+        if num_steps > 0 and taken_s > 0:
+            num_new = event.num_prefill_tokens - self.num_prefill_tokens
+            prefill_s = self.costs.prefill_token_s * num_new
+            expected_s = num_steps * self.decode_step_s() + prefill_s
+            ratio = taken_s / max(expected_s, 1e-9)
+            self.slowness += min(1.0, taken_s / MEMORY_S) * (ratio - self.slowness)
+            # Spread over the time since the last report, of which an idle worker makes none.
+            passed_s = max(now_s - self.reported_s, taken_s)
+            share = prefill_s * ratio / passed_s
+            weight = 1.0 - math.exp(-passed_s / MEMORY_S)
+            self.recent_prefill_share += weight * (share - self.recent_prefill_share)
+            self.reported_s = now_s
+        self.num_steps, self.busy_s = event.num_steps, event.busy_s
+        self.num_prefill_tokens = event.num_prefill_tokens
+        self.num_free_blocks = event.num_free_blocks
+
+    def generated_tokens(self, request: Request) -> int:
+        """Output tokens of a request here, as its worker's steps tell."""
+        if request.first_step is None:
+            return 0
+        return min(request.max_output_tokens, 1 + self.num_steps - request.first_step)
+
+    def prefill_share(self, now_s: float) -> float:
+        """Of the time lately, what went to prompts here."""
+        return self.recent_prefill_share * math.exp((self.reported_s - now_s) / MEMORY_S)
+
+    @property
+    def mean_inverse_length(self) -> float:
+        """Of what decodes here; 0 where nothing does."""
+        return self.sum_inverse_lengths / self.num_decoding if self.num_decoding else 0.0
+
+    @property
+    def kv_tokens(self) -> int:
+        """KV of all that decodes here."""
+        return max(0, self._kv_at_step_0 + self.num_decoding * self.num_steps)
+
+    def uncached_tokens(self, request: Request) -> int:
+        """Prompt tokens that would have to be computed here; at least one always is."""
+        num_hits = self.prefixes.num_hits(request.block_hashes)
+        return max(1, request.prompt_tokens - num_hits * self.capacity.block_tokens)
+
+    def prefill_s(self, tokens: int) -> float:
+        """Seconds that so many prompt tokens take here, in steps with all that decodes here."""
+        chunk_tokens = self.step_prefill_tokens
+        num_steps = -(-tokens // chunk_tokens)
+        decode_s = self.decode_step_s() - self.costs.base_s if self.num_decoding else 0.0
+        alone_s = self.costs.prefill_s(tokens, chunk_tokens)
+        return (alone_s + num_steps * decode_s) * self.slowness
+
+    @property
+    def step_prefill_tokens(self) -> int:
+        """Prompt tokens that a step here computes at most."""
+        chunk_tokens = self.capacity.chunk_tokens
+        return chunk_tokens if self.budget_tokens is None else min(chunk_tokens, self.budget_tokens)
+
+    def decode_step_s(self, more: int = 0, more_kv_tokens: int = 0) -> float:
+        """A step of what decodes here, and of `more` sequences; by the model, at speed 1."""
+        return self.costs.decode_step_s(self.num_decoding + more, self.kv_tokens + more_kv_tokens)
+
+    @property
+    def capacity_tokens(self) -> int:
+        """KV that residents may have: what no lease keeps."""
+        return (self.capacity.num_blocks - self.num_held_blocks) * self.capacity.block_tokens
+
+    @property
+    def num_used_blocks(self) -> int:
+        """Blocks of all residents as they are now, each with its next token."""
+        block_tokens = self.capacity.block_tokens
+        return sum(
+            -(-(one.prompt_tokens + self.generated_tokens(one) + 1) // block_tokens)
+            for one in self.requests.values()
+        )
+
+    @property
+    def free_tokens(self) -> int:
+        """KV tokens for which there is room now, in whole blocks."""
+        num_free = self.capacity.num_blocks - self.num_held_blocks - self.num_used_blocks
+        return max(0, num_free) * self.capacity.block_tokens
+
+    def residents(self) -> Iterator[Resident]:
+        """All that will hold KV here until it ends, half a block of each being waste."""
+        waste_tokens = self.capacity.block_tokens // 2
+        for request in self.requests.values():
+            generated = self.generated_tokens(request)
+            held_tokens = request.prompt_tokens + generated + waste_tokens
+            if request.route is Route.SPLIT and request.prefill_tokens:
+                yield Resident(held_tokens, (1.0,))
+            else:
+                yield Resident(held_tokens, request.lengths.remaining(generated))
+
+    def projection(self) -> Projection:
+        """Where the KV in use here is going; at most `PROJECTION_STEPS` old."""
+        now = (self._num_changes, self.num_steps // PROJECTION_STEPS)
+        if self._projection is None or now != self._projected_at:
+            self._projection, self._projected_at = Projection(self.residents()), now
+        return self._projection
+
+    def snapshot(self) -> WorkerSnapshot:
+        return WorkerSnapshot(
+            worker_id=self.id,
+            generation=self.generation,
+            role=self.role,
+            outstanding_prefill_tokens=self.outstanding_prefill_tokens,
+            num_seqs=self.num_seqs,
+            num_projected_blocks=self.num_projected_blocks,
+            num_held_blocks=self.num_held_blocks,
+        )

@@ -1,0 +1,472 @@
+"""One vLLM engine in small: what a step computes, when it ends, and what comes of it.
+
+Between two steps the engine takes what has reached it; a message that comes during a step waits for
+its end. What it must see before a step begins is up to whoever drives it: `advance` stops between
+steps and `plan` begins the next one. Its invariant: every job that was started ends here once, by
+an output, and every block is free, held by a job or held under a lease.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from tinfer.core.types import LeaseKey
+from tinfer.sim.admission import Queues
+from tinfer.sim.batch import DecodeBatch, Stretch
+from tinfer.sim.blocks import BlockPool
+from tinfer.sim.jobs import Job, Kind, Output, What
+from tinfer.sim.noise import Noise
+from tinfer.sim.spec import EngineSpec
+from tinfer.sim.steplog import StepLog
+
+# A row of steps with noise is listed, so it is kept short.
+NUM_NOISY_STEPS = 64
+
+
+class Report(NamedTuple):
+    """What an engine could tell at some moment: totals since its start, and its free blocks."""
+
+    num_steps: int
+    busy_s: float
+    num_prefill_tokens: int
+    num_free_blocks: int
+
+
+class SimEngine:
+    """An engine called `worker_id`; `place` is its number in the pieces of tickets.
+
+    `next_s` is when something happens next unless a message comes first, infinity for never.
+    `needs_plan` says that it stands between two steps: nothing goes on until `plan` is called.
+    """
+
+    def __init__(self, spec: EngineSpec, worker_id: str = "e", place: int = 0, seed: int = 0):
+        self.spec = spec
+        self.worker_id = worker_id
+        self.place = place
+        self.now_s = 0.0
+        self.next_s = math.inf
+        self.needs_plan = True
+        self.pool = BlockPool(spec.num_blocks, spec.block_tokens, spec.prefix_caching)
+        self.batch = DecodeBatch(spec.block_tokens)
+        self.queues = Queues(spec, self.pool)
+        self.log = StepLog()
+        self.num_steps = 0
+        self.num_prefill_tokens = 0
+        self.num_preemptions = 0
+        self.busy_s = 0.0
+        self.budget_tokens: int | None = None
+        # Tokens that jobs outside the batch still cost: prompts without a first token, and answers.
+        self._owed_tokens = 0
+        # In order of admission: what decodes and what has a part of its prompt.
+        self._running: dict[Job, None] = {}
+        self._jobs: dict[str, Job] = {}
+        self._leases: dict[LeaseKey, Job] = {}
+        self._num_leases = 0
+        self._inbox: list[tuple[float, int, Callable[[Any], None], Any]] = []
+        self._num_messages = 0
+        self._stretch: Stretch | None = None
+        self._taken_blocks = 0
+        self._outputs: list[Output] = []
+        self._preempted: list[str] = []
+        self._noise = Noise(spec.noise, f"tinfer sim noise {seed} {worker_id}")
+
+    # --- messages -----------------------------------------------------------------------------
+
+    def start(self, at_s: float, job: Job) -> None:
+        """Compute this job; it is refused if it can never fit."""
+        owed = job.output_tokens if job.kind is Kind.DECODE else job.most_tokens + 1
+        self._owed_tokens += owed
+        self._post(at_s, self._receive_start, job)
+
+    def abort(self, at_s: float, request_id: str) -> None:
+        """Stop a job; what has just ended, or never came, is ignored."""
+        self._post(at_s, self._receive_abort, request_id)
+
+    def end_lease(self, at_s: float, lease: LeaseKey) -> None:
+        """The reader has stopped, or none will come; the second word on a lease is ignored."""
+        self._post(at_s, self._receive_end_of_lease, lease)
+
+    def set_budget(self, at_s: float, prefill_tokens: int | None) -> None:
+        """Compute at most so many prompt tokens per step from then on; None: no bound of its own.
+        Decodes and pulls are never held back by it."""
+        self._post(at_s, self._receive_budget, prefill_tokens)
+
+    def _post(self, at_s: float, handler: Callable[[Any], None], about: Any) -> None:
+        """`at_s` is never before what `advance` has reached."""
+        heapq.heappush(self._inbox, (at_s, self._num_messages, handler, about))
+        self._num_messages += 1
+        if self._stretch is None:
+            self.next_s = min(self.next_s, max(at_s, self.now_s))
+        elif at_s < self.next_s:
+            self._cut(self._stretch)
+
+    def _cut(self, stretch: Stretch) -> None:
+        if self._inbox and self._inbox[0][0] < stretch.end_s(stretch.num_steps):
+            stretch.cut(self._inbox[0][0])
+        self.next_s = stretch.end_s(stretch.num_steps)
+
+    # --- time ---------------------------------------------------------------------------------
+
+    def advance(self, until_s: float) -> list[Output]:
+        """Go on to that time and return what happened, in order.
+
+        Steps that end by then are over; none begins at that very time, so that everything that
+        happens then is seen first.
+        """
+        while self.next_s <= until_s:
+            self._reach(self.next_s)
+            if self.now_s < until_s:
+                self.plan()
+            else:
+                break
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def plan(self) -> None:
+        """Take what has come, and begin the next step if there is anything to compute."""
+        if self._stretch is not None:
+            return
+        self._receive()
+        self.needs_plan = False
+        if self._outputs:  # said during this very call: let it be heard before the next step
+            self.next_s = self.now_s
+            self.needs_plan = True
+            return
+        self._stretch = self._schedule()
+        if self._stretch is not None:
+            self._cut(self._stretch)
+        else:
+            self.next_s = self._inbox[0][0] if self._inbox else math.inf
+
+    def report(self, at_s: float) -> Report:
+        """The totals at a time between `now_s` and `next_s`."""
+        stretch = self._stretch
+        num = 0 if stretch is None else stretch.num_by(at_s)
+        if stretch is None or num == 0:
+            tokens = self.num_prefill_tokens
+            return Report(self.num_steps, self.busy_s, tokens, self.pool.num_free)
+        num_ahead = min(num + 1, stretch.num_steps)
+        num_taken = self.batch.blocks_for(num_ahead) - self._taken_blocks
+        return Report(
+            self.num_steps + num,
+            self.busy_s + stretch.end_s(num) - stretch.start_s,
+            self.num_prefill_tokens,
+            self.pool.num_free - num_taken,
+        )
+
+    def num_steps_by(self, at_s: float) -> int:
+        """`report(at_s).num_steps`."""
+        stretch = self._stretch
+        return self.num_steps + (0 if stretch is None else stretch.num_by(at_s))
+
+    def outstanding_tokens(self, at_s: float) -> int:
+        """Tokens that all jobs here still cost: prompts until their first token, then answers."""
+        stretch = self._stretch
+        decodes = stretch is not None and stretch.num_decodes > 0
+        num = stretch.num_by(at_s) if stretch is not None and decodes else 0
+        return self._owed_tokens + self.batch.outstanding_tokens(num)
+
+    @property
+    def num_open_leases(self) -> int:
+        return len(self._leases)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no job and no lease is here."""
+        return not self._jobs and not self._leases
+
+    def take_progress(self) -> tuple[tuple[str, int], ...]:
+        """Unfinished prompts of which a chunk was computed since the last call, and how far."""
+        progress = []
+        for job in self.queues.prefilling:
+            if job.computed > job.reported and not job.generated:
+                job.reported = job.computed
+                progress.append((job.id, job.computed))
+        return tuple(progress)
+
+    def take_preempted(self) -> tuple[str, ...]:
+        """Requests that lost their blocks since the last call."""
+        preempted, self._preempted = tuple(self._preempted), []
+        return preempted
+
+    def _reach(self, at_s: float) -> None:
+        self.now_s = at_s
+        self.needs_plan = True
+        if self._stretch is not None:
+            stretch, self._stretch = self._stretch, None
+            self._step_done(stretch)
+        self._receive()
+
+    def _receive(self) -> None:
+        while self._inbox and self._inbox[0][0] <= self.now_s:
+            _, _, handler, about = heapq.heappop(self._inbox)
+            handler(about)
+
+    # --- what comes in ------------------------------------------------------------------------
+
+    def _receive_start(self, job: Job) -> None:
+        if self.pool.blocks_for(job.most_tokens) > self.spec.num_blocks:
+            self._owed_tokens -= self._owed(job)
+            return self._say(What.REFUSED, job)
+        self._jobs[job.id] = job
+        self.queues.add(job)
+
+    def _receive_abort(self, request_id: str) -> None:
+        job = self._jobs.pop(request_id, None)
+        if job is None:
+            return
+        self._say(What.ABORTED, job)
+        if job.entry >= 0:
+            self._leave_batch(job)
+        self._owed_tokens -= self._owed(job)
+        if job in self.queues.pulling:
+            job.is_aborted = True  # what is being copied cannot be freed yet
+            return
+        waits_to_read = job.kind is Kind.DECODE and not job.was_admitted
+        if waits_to_read and job.lease is not None:
+            self._say(What.READING, job, lease=job.lease, until_s=self.now_s)
+        self._running.pop(job, None)
+        self.queues.remove(job)
+        self._free(job)
+
+    def _receive_end_of_lease(self, lease: LeaseKey) -> None:
+        job = self._leases.pop(lease, None)
+        if job is not None:
+            self._free(job)
+            self._say(What.LEASE_ENDED, job, lease=lease)
+
+    def _receive_budget(self, prefill_tokens: int | None) -> None:
+        self.budget_tokens = prefill_tokens
+
+    def _receive_end_of_pull(self, job: Job) -> None:
+        self.queues.pulling.discard(job)
+        self._say(What.PULLED, job)
+        if job.is_aborted:
+            return self._free(job)
+        self.pool.register(job, job.prompt_tokens)
+        # The last token is computed again: its step samples the first token.
+        num_blocks = self.pool.blocks_for(job.computed)
+        job.computed -= 1
+        self.pool.give(num_blocks - self.pool.blocks_for(job.computed))
+        self.queues.ready.append(job)
+
+    # --- a step -------------------------------------------------------------------------------
+
+    def _schedule(self) -> Stretch | None:
+        """The next steps, or None when there is nothing to compute."""
+        if not self.spec.chunked_prefill:
+            chunks = self.queues.admit_whole(self._num_seats)
+            if chunks:
+                self._grow(chunks, admitted=len(chunks))
+                return self._mixed(chunks, num_decodes=0)
+        self._join_ready()
+        chunks, has_preempted = self._fit_running()
+        self._taken_blocks = self.batch.blocks_for(1)
+        self.pool.take(self._taken_blocks)
+        num_before = len(chunks)
+        self._grow(chunks)
+        if self.spec.chunked_prefill and not has_preempted:
+            budget = self.spec.max_num_batched_tokens - self.batch.num
+            pulls = self.queues.admit(chunks, budget, self.budget_tokens, self._num_seats)
+            self._grow(chunks[num_before:], admitted=len(chunks) - num_before)
+            for job, missing_tokens in pulls:
+                self._begin_pull(job, missing_tokens)
+        if chunks:
+            return self._mixed(chunks, self.batch.num)
+        return self._decodes() if self.batch.num else None
+
+    @property
+    def _num_seats(self) -> int:
+        num_taken = len(self._running) + len(self.queues.pulling) + len(self.queues.ready)
+        return self.spec.max_num_seqs - num_taken
+
+    def _join_ready(self) -> None:
+        for job in self.queues.ready:
+            self._running[job] = None
+            self._join_batch(job)
+        self.queues.ready.clear()
+
+    def _fit_running(self) -> tuple[list[tuple[Job, int]], bool]:
+        """The chunks of running prompts, after preempting as long as blocks are missing."""
+        has_preempted = False
+        while True:
+            budget = self.spec.max_num_batched_tokens - self.batch.num
+            chunks = self.queues.running_chunks(budget, self.budget_tokens)
+            needed = self.batch.blocks_for(1) + sum(self._new_blocks(*one) for one in chunks)
+            if needed <= self.pool.num_free:
+                return chunks, has_preempted
+            self._preempt(self._choose_victim())
+            has_preempted = True
+
+    def _choose_victim(self) -> Job:
+        newest_first = reversed(self._running)
+        if self.spec.victim == "newest":
+            return next(newest_first)
+        return min(newest_first, key=self._progress)
+
+    def _progress(self, job: Job) -> tuple[int, int]:
+        if job.entry >= 0:
+            return self.batch.generated(job), job.prompt_tokens
+        return job.generated, job.computed
+
+    def _preempt(self, job: Job) -> None:
+        if job.entry >= 0:
+            self._leave_batch(job)
+        else:
+            self.queues.prefilling.remove(job)
+        del self._running[job]
+        self._free(job)
+        job.reported = 0
+        job.ticket.num_preemptions += 1
+        self.num_preemptions += 1
+        self._preempted.append(job.id)
+        self.queues.add_first(job)
+
+    def _new_blocks(self, job: Job, num_tokens: int) -> int:
+        blocks_for = self.pool.blocks_for
+        return blocks_for(job.computed + num_tokens) - blocks_for(job.computed)
+
+    def _grow(self, chunks: list[tuple[Job, int]], admitted: int = 0) -> None:
+        """Note chunks that are about to be computed. The blocks of running prompts are taken here,
+        those of the admitted ones were as they were admitted."""
+        for job, num_tokens in chunks:
+            if admitted:
+                self._running[job] = None
+                self.queues.prefilling.append(job)
+                self._admitted(job, job.computed)
+            else:
+                self.pool.take(self._new_blocks(job, num_tokens))
+            self.pool.register(job, job.computed + num_tokens)
+
+    def _admitted(self, job: Job, cached_tokens: int) -> None:
+        if not job.was_admitted and job.kind is not Kind.DECODE:
+            job.ticket.cached_tokens = cached_tokens
+        job.was_admitted = True
+
+    def _begin_pull(self, job: Job, missing_tokens: int) -> None:
+        self._admitted(job, 0)
+        until_s = self.now_s + self.spec.costs.handoff_total_s(missing_tokens)
+        assert job.lease is not None, f"{job.id}: a decode without a lease"
+        self._say(What.READING, job, lease=job.lease, until_s=until_s)
+        self._post(until_s, self._receive_end_of_pull, job)
+
+    def _mixed(self, chunks: list[tuple[Job, int]], num_decodes: int) -> Stretch:
+        """One step with prompts in it."""
+        tokens = context = 0
+        for job, num_tokens in chunks:
+            tokens += num_tokens
+            context += num_tokens * (2 * job.computed + num_tokens)
+        kv_tokens = self.batch.kv_tokens if num_decodes else 0
+        first_s = self.spec.costs.step_s(tokens, num_decodes, kv_tokens, context / 2)
+        if self.spec.noise:
+            first_s *= self._noise.factors(self.num_steps, 1)[0]
+        self.num_prefill_tokens += tokens
+        return Stretch(self.now_s, first_s, 0.0, 1, num_decodes, chunks)
+
+    def _decodes(self) -> Stretch:
+        """As many steps as go on alike: until one finishes or blocks run out."""
+        batch, costs = self.batch, self.spec.costs
+        num_steps = batch.steps_to_finish()
+        num_steps = batch.steps_within(self.pool.num_free + self._taken_blocks, num_steps)
+        first_s = costs.step_s(0, batch.num, batch.kv_tokens)
+        more_s = costs.kv_token_s * batch.num
+        if not self.spec.noise:
+            return Stretch(self.now_s, first_s, more_s, num_steps, batch.num, [])
+        num_steps = min(num_steps, NUM_NOISY_STEPS)
+        factors = self._noise.factors(self.num_steps, num_steps)
+        ends_s, end_s = [], self.now_s
+        for number, factor in enumerate(factors):
+            end_s += factor * (first_s + number * more_s)
+            ends_s.append(end_s)
+        return Stretch(self.now_s, first_s, more_s, num_steps, batch.num, [], ends_s)
+
+    # --- what comes of it ---------------------------------------------------------------------
+
+    def _step_done(self, stretch: Stretch) -> None:
+        num_steps = stretch.num_steps
+        self.num_steps += num_steps
+        self.busy_s += self.now_s - stretch.start_s
+        if stretch.num_decodes:
+            self.pool.take(self.batch.blocks_for(num_steps) - self._taken_blocks)
+            self.log.add(stretch)
+            for job in self.batch.advance(num_steps):
+                self._add_piece(job)
+                self._finish(job)
+        for job, num_tokens in stretch.chunks:
+            job.computed += num_tokens
+            if job.computed == job.target:
+                self._prompt_done(job)
+
+    def _prompt_done(self, job: Job) -> None:
+        """All tokens up to here are computed, so the step has sampled one more."""
+        self.queues.prefilling.remove(job)
+        self._owed_tokens -= self._owed(job)
+        job.generated += 1
+        if job.generated > job.num_known:
+            job.ticket.pieces.append(self.now_s)
+        if job.kind is Kind.PREFILL and job.ticket.request.output_tokens > 1:
+            self._hold(job)
+        elif job.generated == job.output_tokens:
+            self._finish(job)
+        else:
+            if job.generated == 1 and job.kind is Kind.WHOLE:
+                self._say(What.FIRST_TOKEN, job)
+            self._join_batch(job, was_owed=False)
+
+    def _hold(self, job: Job) -> None:
+        """Keep the blocks of a prefilled prompt for its reader."""
+        lease = LeaseKey(self.worker_id, 0, self._num_leases, self._num_leases)
+        self._num_leases += 1
+        self._leases[lease] = job
+        del self._running[job], self._jobs[job.id]
+        num_blocks = self.pool.blocks_for(job.computed)
+        self._say(What.PREFILLED, job, lease=lease, num_blocks=num_blocks)
+
+    def _finish(self, job: Job) -> None:
+        del self._running[job], self._jobs[job.id]
+        self._free(job)
+        self._say(What.FINISHED, job)
+
+    def _join_batch(self, job: Job, was_owed: bool = True) -> None:
+        if was_owed:
+            self._owed_tokens -= self._owed(job)
+        self.batch.join(job)
+
+    def _leave_batch(self, job: Job) -> None:
+        self.batch.leave(job)
+        self._add_piece(job)
+        self._owed_tokens += self._owed(job)
+
+    def _add_piece(self, job: Job) -> None:
+        """Note the tokens that a job got while it was in the batch, but those the client has."""
+        end = self.batch.num_steps
+        num_new = end - job.joined_step
+        num_known = max(0, job.num_known - (job.generated - num_new))
+        if num_new > num_known:
+            job.ticket.pieces.append((self.place, job.joined_step + num_known, end))
+
+    def _owed(self, job: Job) -> int:
+        """What a job outside the batch still costs."""
+        left = job.output_tokens - job.generated
+        if job.kind is Kind.DECODE or job.generated:
+            return left
+        return left + job.prompt_tokens
+
+    def _free(self, job: Job) -> None:
+        """Free the blocks of a job that computes no more; a later one starts anew."""
+        self.pool.release(job, self.pool.blocks_for(job.computed), job.computed)
+        job.computed = 0
+
+    def _say(
+        self,
+        what: What,
+        job: Job,
+        lease: LeaseKey | None = None,
+        num_blocks: int = 0,
+        until_s: float = 0.0,
+    ) -> None:
+        said = Output(what, self.now_s, self.worker_id, job, lease, num_blocks, until_s)
+        self._outputs.append(said)
