@@ -31,6 +31,7 @@ PLAIN: dict[str, object] = {
     "whole_choice": "least-loaded",
     "decode_choice": "least-kv",
     "decode_admission": "greedy",
+    "prefill_budget": "whole-chunks",
 }
 HAND_OFF = StartDecode("r", "d", 0, KEY)
 

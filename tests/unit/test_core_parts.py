@@ -288,6 +288,7 @@ def test_greedy_wants_a_seat() -> None:
         ("decode_choice", "least-kv, power-of-two, projected"),
         ("decode_admission", "greedy, peak, reserve-dynamic, reserve-static"),
         ("dispatch", "first-chunk, first-token"),
+        ("prefill_budget", "slack, whole-chunks"),
     ],
 )
 def test_an_unknown_policy_is_refused_with_the_known_names(option: str, names: str) -> None:

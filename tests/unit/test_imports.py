@@ -52,6 +52,8 @@ WITHOUT_ENGINE = [
     "tinfer.master.app",
     "tinfer.doctor.examination",
     "tinfer.workloads",
+    "tinfer.predict.predictors",
+    "tinfer.sim.cluster",
     "tinfer.bench.app",
     "tinfer.bench.compare.app",
 ]

@@ -213,6 +213,15 @@ class SetBudget(Struct, tag=True, frozen=True):
     prefill_tokens: int | None
 
 
+class RoleChanged(Struct, tag=True, frozen=True):
+    """The scheduler counts that worker as of this role from now on; nothing there has to change."""
+
+    worker_id: str
+    generation: int
+    role: Role
+    reason: str
+
+
 class ReleaseLease(Struct, tag=True, frozen=True):
     """Tell the owner that no reader will come, or that it is dead."""
 
@@ -239,6 +248,7 @@ Action = (
     | StartDecode
     | AbortOn
     | SetBudget
+    | RoleChanged
     | ReleaseLease
     | ExtendLease
     | Fail

@@ -72,7 +72,11 @@ class Fleet:
 
     def readers(self, source: Role) -> list[Worker]:
         """Live workers that may read what a worker of role `source` has prefilled."""
-        return [worker for worker in self.workers if can_hand_off(source, worker.role)]
+        return [
+            worker
+            for worker in self.workers
+            if worker.flips_to is None and can_hand_off(source, worker.role)
+        ]
 
     def open_to_whole(self) -> list[Worker]:
         """All but those that a waiting hand-off could go to: it was first, and it holds memory."""
@@ -95,6 +99,30 @@ class Fleet:
             return True
         return bool(self.readers(source))
 
+    def begin_flip(self, worker: Worker, role: Role) -> None:
+        """From now on nothing starts there that belongs to its role alone."""
+        worker.flips_to = role
+        self._index()
+
+    def end_flips(self) -> list[Worker]:
+        """Give those their new role that have drained, and return them.
+
+        A decode worker's residents stay; a prefill worker has handed over all that it prefilled.
+        """
+        flipped = []
+        for worker in self.workers:
+            if worker.flips_to is None or (
+                worker.flips_to is Role.DECODE and worker.is_handing_off
+            ):
+                continue
+            worker.role, worker.flips_to = worker.flips_to, None
+            if worker.id in self._expected:
+                self._expected[worker.id] = worker.role
+            flipped.append(worker)
+        if flipped:
+            self._index()
+        return flipped
+
     @property
     def is_exhausted(self) -> bool:
         """Whether no worker is up and none will come."""
@@ -102,4 +130,8 @@ class Fleet:
 
     def _index(self) -> None:
         self.workers = sorted(self._by_id.values(), key=lambda worker: worker.id)
-        self.split_sources = [worker for worker in self.workers if self.readers(worker.role)]
+        self.split_sources = [
+            worker
+            for worker in self.workers
+            if worker.flips_to is None and self.readers(worker.role)
+        ]

@@ -13,6 +13,8 @@ from __future__ import annotations
 from itertools import islice
 
 from tinfer.core import events as ev
+from tinfer.core import explain
+from tinfer.core.demand import Demand
 from tinfer.core.fleet import Fleet
 from tinfer.core.ledger import Lease, LeaseState, Ledger
 from tinfer.core.lengths import certain
@@ -25,9 +27,13 @@ from tinfer.core.types import (
     Role,
     Route,
     SchedulerConfig,
+    WaitingSnapshot,
     WorkerSnapshot,
 )
 from tinfer.core.worker import Worker
+
+# How long what arrived counts as what is asked for.
+DEMAND_MEMORY_S = 10.0
 
 
 class Scheduler:
@@ -43,6 +49,8 @@ class Scheduler:
         self._handoffs: dict[Role, dict[str, Request]] = {Role.PREFILL: {}, Role.BOTH: {}}
         self._requests = RequestTable()
         self._ledger = Ledger()
+        self._demand = Demand(DEMAND_MEMORY_S)
+        self._flip_reasons: dict[str, str] = {}
         self._num_arrived = 0
         self._actions: list[ev.Action] = []
 
@@ -56,6 +64,8 @@ class Scheduler:
         self._apply(event, now_s)
         self._admit_handoffs(now_s)
         self._start_queued(now_s)
+        self._set_budgets()
+        self._flip(now_s)
         return actions
 
     def request_phase(self, request_id: str) -> Phase | None:
@@ -77,6 +87,17 @@ class Scheduler:
     def workers_snapshot(self) -> list[WorkerSnapshot]:
         """Every live incarnation, by `worker_id`."""
         return [worker.snapshot() for worker in self._fleet.workers]
+
+    def waiting(self, now_s: float, limit: int = 100) -> list[WaitingSnapshot]:
+        """Up to `limit` of each kind of waiting request, and why each waits."""
+        found: list[WaitingSnapshot] = []
+        for queue in self._queues.values():
+            if len(queue):
+                found += explain.queued(queue.listed(now_s), self._fleet, now_s, limit)
+        for role, waiting in self._handoffs.items():
+            readers = self._fleet.readers(role)
+            found += explain.handed_off(waiting.values(), readers, now_s, limit)
+        return found
 
     def _apply(self, event: ev.Event, now_s: float) -> None:
         match event:
@@ -131,6 +152,8 @@ class Scheduler:
             block_hashes=event.block_hashes,
         )
         self._requests.add(request)
+        num_new = min(worker.uncached_tokens(request) for worker in self._fleet.workers)
+        self._demand.arrived(request, num_new, now_s)
         self._num_arrived += 1
         self._queues[request.wish].add(request, now_s)
 
@@ -230,6 +253,7 @@ class Scheduler:
         worker = self._fleet.down(event.worker_id, event.generation)
         if worker is None:  # late, or it never came up
             return
+        self._flip_reasons.pop(worker.id, None)
         for lease in self._ledger.end_all_of(worker):
             if lease.state is LeaseState.WAITING and lease.request_id is not None:
                 self._lose(self._handoffs[worker.role].pop(lease.request_id), worker)
@@ -347,6 +371,24 @@ class Scheduler:
         self._requests.move(request, Phase.PREFILLING)
         start = ev.StartPrefill if route is Route.SPLIT else ev.StartWhole
         self._actions.append(start(request.id, worker.id, worker.generation))
+
+    def _flip(self, now_s: float) -> None:
+        num_queued = sum(map(len, self._queues.values()))
+        chosen = self._policies.flip.flip(self._fleet, num_queued, self._demand, now_s)
+        if chosen is not None:
+            self._fleet.begin_flip(chosen.worker, chosen.role)
+            self._flip_reasons[chosen.worker.id] = chosen.reason
+        for worker in self._fleet.end_flips() if self._flip_reasons else ():
+            reason = self._flip_reasons.pop(worker.id)
+            changed = ev.RoleChanged(worker.id, worker.generation, worker.role, reason)
+            self._actions.append(changed)
+
+    def _set_budgets(self) -> None:
+        for worker in self._fleet.workers:
+            tokens = self._policies.budget.budget(worker)
+            if tokens != worker.budget_tokens:
+                worker.budget_tokens = tokens
+                self._actions.append(ev.SetBudget(worker.id, worker.generation, tokens))
 
     # --- ends --------------------------------------------------------------------------------
 

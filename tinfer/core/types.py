@@ -70,8 +70,9 @@ class SchedulerConfig(Struct, frozen=True, kw_only=True):
 
     `route` "auto" decides per request. `prefill_sched_batch` is for the paper's orders; `ageing`
     and `ttft_deadline_s` for `srpt`. `dispatch` says when a split request's decode worker is
-    settled: with its first chunk (the paper) or when its prefill is done. `overflow_z` is the
-    standard deviations that `peak` leaves room for. `seed` is of whatever draws at random.
+    settled: with its first chunk (the paper) or when its prefill is done. A step in which something
+    decodes may take `itl_slack` times longer for prompts (`prefill_budget` "slack"). `overflow_z`
+    is the standard deviations that `peak` leaves room for. `seed` is of whatever draws at random.
     """
 
     route: str = "auto"
@@ -84,22 +85,49 @@ class SchedulerConfig(Struct, frozen=True, kw_only=True):
     decode_choice: str = "projected"
     decode_admission: str = "peak"
     dispatch: str = "first-token"
+    prefill_budget: str = "slack"
+    itl_slack: Annotated[float, Meta(gt=0)] = 2.0
+    flip: str = "off"
     overflow_z: Annotated[float, Meta(ge=0)] = 1.64
     max_num_queued_reqs: Annotated[int, Meta(ge=1)] = 1024
     costs: CostModel = CostModel()
     seed: int = 0
 
 
-class WorkerSnapshot(Struct, frozen=True):
-    """What the scheduler believes of one live incarnation."""
+class WorkerSnapshot(Struct, frozen=True, kw_only=True):
+    """What the scheduler believes of one live incarnation.
+
+    `peak_kv_share` is the expected highest use of its KV from now on; `slowness` how long its steps
+    take, as a multiple of what the cost model says; `prefill_share` of its time lately.
+    """
 
     worker_id: str
     generation: int
     role: Role
+    flips_to: Role | None
+    budget_tokens: int | None
     outstanding_prefill_tokens: int
     num_seqs: int
+    num_decoding: int
     num_projected_blocks: int
     num_held_blocks: int
+    num_used_blocks: int
+    peak_kv_share: float
+    num_steps: int
+    num_preempted: int
+    slowness: float
+    prefill_share: float
+
+
+class WaitingSnapshot(Struct, frozen=True, kw_only=True):
+    """A request that waits, and why."""
+
+    request_id: str
+    phase: str
+    waited_s: float
+    prompt_tokens: int
+    expected_output_tokens: float
+    reason: str
 
 
 class LedgerSnapshot(Struct, frozen=True):

@@ -49,7 +49,10 @@ class Worker:
     busy_s: float = 0.0
     num_prefill_tokens: int = 0
     num_free_blocks: int | None = None
+    num_preempted: int = 0
     slowness: float = 1.0
+    # The role it takes once it has drained.
+    flips_to: Role | None = None
     # What `SetBudget` said last.
     budget_tokens: int | None = None
     prefixes: PrefixIndex = field(init=False)
@@ -76,13 +79,26 @@ class Worker:
         return self.num_placed_blocks + self.num_held_blocks
 
     @property
+    def is_idle(self) -> bool:
+        """Nothing computes here, and nobody waits for its blocks."""
+        return not self.requests and not self.num_held_blocks
+
+    @property
+    def is_handing_off(self) -> bool:
+        """Whether a prefill here is still to be handed over, or its blocks are still held."""
+        split = any(
+            one.route is Route.SPLIT and one.prefill_tokens for one in self.requests.values()
+        )
+        return split or self.num_held_blocks > 0
+
+    @property
     def has_seat(self) -> bool:
         return self.num_seqs < self.capacity.max_num_seqs
 
     @property
     def takes_prefill(self) -> bool:
         """Whether a prefill sent now starts soon, rather than wait out of the master's sight."""
-        limit_tokens = NUM_OUTSTANDING_CHUNKS * self.capacity.chunk_tokens
+        limit_tokens = NUM_OUTSTANDING_CHUNKS * self.step_prefill_tokens
         return self.has_seat and self.outstanding_prefill_tokens < limit_tokens
 
     def blocks_for(self, request: Request) -> int:
@@ -155,6 +171,7 @@ class Worker:
             weight = 1.0 - math.exp(-passed_s / MEMORY_S)
             self.recent_prefill_share += weight * (share - self.recent_prefill_share)
             self.reported_s = now_s
+        self.num_preempted += len(event.preempted)
         self.num_steps, self.busy_s = event.num_steps, event.busy_s
         self.num_prefill_tokens = event.num_prefill_tokens
         self.num_free_blocks = event.num_free_blocks
@@ -237,16 +254,29 @@ class Worker:
         """Where the KV in use here is going; at most `PROJECTION_STEPS` old."""
         now = (self._num_changes, self.num_steps // PROJECTION_STEPS)
         if self._projection is None or now != self._projected_at:
-            self._projection, self._projected_at = Projection(self.residents()), now
+            self._projection, self._projected_at = self.fresh_projection(), now
         return self._projection
+
+    def fresh_projection(self) -> Projection:
+        """The same as of now, kept nowhere: for people, who must not change what is decided."""
+        return Projection(self.residents())
 
     def snapshot(self) -> WorkerSnapshot:
         return WorkerSnapshot(
             worker_id=self.id,
             generation=self.generation,
             role=self.role,
+            flips_to=self.flips_to,
+            budget_tokens=self.budget_tokens,
             outstanding_prefill_tokens=self.outstanding_prefill_tokens,
             num_seqs=self.num_seqs,
+            num_decoding=self.num_decoding,
             num_projected_blocks=self.num_projected_blocks,
             num_held_blocks=self.num_held_blocks,
+            num_used_blocks=self.num_used_blocks,
+            peak_kv_share=self.fresh_projection().peak_tokens() / max(1, self.capacity_tokens),
+            num_steps=self.num_steps,
+            num_preempted=self.num_preempted,
+            slowness=self.slowness,
+            prefill_share=self.recent_prefill_share,
         )

@@ -1,8 +1,8 @@
 """What an engine has beside its batch, and who gets in next: vLLM's rules of admission.
 
 First come, first served, with a preempted request before all others: whoever is at the head and
-does not fit holds up those behind, except that a prompt which only waits for its prefill budget
-does not hold up a pull.
+does not fit holds up those behind, except that a prompt which only waits for tokens of the step's
+budget does not hold up a pull, which costs none.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Queues:
     """
 
     def __init__(self, spec: EngineSpec, pool: BlockPool) -> None:
-        self._spec = spec
         self._pool = pool
+        self._watermark_blocks = int(spec.watermark * spec.num_blocks)
         self.prompts: deque[Job] = deque()
         self.pulls: deque[Job] = deque()
         self.pulling: set[Job] = set()
@@ -52,50 +52,105 @@ class Queues:
             if job in queue:
                 queue.remove(job)
 
-    def running_chunks(self, budget: int, prompt_budget: int | None) -> list[Chunk]:
-        """What a step with `budget` tokens left computes of the prompts that run."""
-        left = budget if prompt_budget is None else min(budget, prompt_budget)
+    def running_chunks(self, prompt_tokens: int) -> list[Chunk]:
+        """What a step for so many prompt tokens computes of the prompts that run."""
         chunks = []
         for job in self.prefilling:
-            num_tokens = min(left, job.target - job.computed)
+            num_tokens = min(prompt_tokens, job.target - job.computed)
             if num_tokens > 0:
                 chunks.append((job, num_tokens))
-                left -= num_tokens
+                prompt_tokens -= num_tokens
         return chunks
 
     def admit(
-        self, chunks: list[Chunk], budget: int, prompt_budget: int | None, num_seats: int
-    ) -> list[Chunk]:
-        """Let in what fits into a step: prompts are added to `chunks`, and their blocks are taken.
+        self, prompt_tokens: int, num_seats: int, running: list[Chunk], beside: bool
+    ) -> tuple[list[Chunk], list[Chunk]]:
+        """Let in what fits into a step that has so many prompt tokens and seats left.
 
-        Returns the jobs whose pull is to begin, each with the tokens that it lacks; they are in
-        `pulling`, and their blocks are taken.
+        `running` are the step's chunks of prompts that run; `beside` says that anything runs.
+        Returns the prompts, each with the tokens of its first chunk, and those whose pull is to
+        begin, each with the tokens that it lacks; blocks are taken, and `computed` is what a prefix
+        cache had.
         """
-        num_chunked = sum(num_tokens for _, num_tokens in chunks)
-        left = budget - num_chunked
-        prompt_left = left if prompt_budget is None else min(left, prompt_budget - num_chunked)
-        # Of prompts let in just now: what they still lack when this step is over.
-        num_reserved = sum(self._lacks(job, job.computed + num) for job, num in chunks)
+        prompts: list[Chunk] = []
         pulls: list[Chunk] = []
-        while num_seats > 0 and left > 0 and (self.pulls or self.prompts):
-            queue = self._next_queue(prompt_left)
+        num_reserved = sum(self._lacks(job, job.computed + num) for job, num in running)
+        while num_seats > 0:
+            queue = self._next_queue(prompt_tokens > 0)
             if not queue:
                 break
             job = queue[0]
             if queue is self.pulls:
-                missing_tokens = self._take_all(job, num_reserved)
-                if missing_tokens is None:
+                num_tokens = self._take_all(job, num_reserved, beside)
+                if num_tokens is None:
                     break
-                pulls.append((job, missing_tokens))
+                pulls.append((job, num_tokens))
                 self.pulling.add(job)
             else:
-                num_tokens = self._take_first(job, prompt_left, bool(self.prefilling or chunks))
-                if num_tokens == 0:
+                num_tokens = self._take_first(job, prompt_tokens, beside)
+                if num_tokens is None:
                     break
-                chunks.append((job, num_tokens))
-                left -= num_tokens
-                prompt_left -= num_tokens
+                prompts.append((job, num_tokens))
+                prompt_tokens -= num_tokens
                 num_reserved += self._lacks(job, job.computed + num_tokens)
+                beside = True
             queue.popleft()
             num_seats -= 1
-        return pulls
+        return prompts, pulls
+
+    def admit_whole(self, prompt_tokens: int, num_seats: int, beside: bool) -> list[Chunk]:
+        """Without chunks: as many whole prompts as fit, and the first one however long it is."""
+        prompts: list[Chunk] = []
+        while num_seats > 0 and self.prompts:
+            job = self.prompts[0]
+            num_new = job.target - self._pool.hits(job)[0] * self._pool.block_tokens
+            if prompts and num_new > prompt_tokens:
+                break
+            if self._take_first(job, num_new, beside) is None:
+                break
+            prompts.append((self.prompts.popleft(), num_new))
+            prompt_tokens -= num_new
+            num_seats -= 1
+            beside = True
+        return prompts
+
+    def _next_queue(self, has_tokens: bool) -> deque[Job]:
+        if not has_tokens or not self.prompts:
+            return self.pulls
+        if self.pulls and self.pulls[0].rank < self.prompts[0].rank:
+            return self.pulls
+        return self.prompts
+
+    def _take_first(self, job: Job, prompt_tokens: int, beside: bool) -> int | None:
+        """Take the blocks of a prompt's first chunk, if those of all of it are free now."""
+        num_hits = self._fits(job, 0, beside)
+        if num_hits is None:
+            return None
+        self._pool.acquire(job, num_hits)
+        job.computed = num_hits * self._pool.block_tokens
+        num_tokens = min(prompt_tokens, job.target - job.computed)
+        self._pool.take(self._pool.blocks_for(job.computed + num_tokens) - num_hits)
+        return num_tokens
+
+    def _take_all(self, job: Job, num_reserved: int, beside: bool) -> int | None:
+        """Take all blocks of a prompt, without those that prompts under way still need: a pull
+        cannot be preempted. Returns the tokens that are not here yet."""
+        num_hits = self._fits(job, num_reserved, beside)
+        if num_hits is None:
+            return None
+        self._pool.acquire(job, num_hits)
+        self._pool.take(self._pool.blocks_for(job.target) - num_hits)
+        job.computed = job.target
+        return job.target - num_hits * self._pool.block_tokens
+
+    def _fits(self, job: Job, num_reserved: int, beside: bool) -> int | None:
+        """How many of its blocks are cached, if the others fit beside what is reserved."""
+        num_hits, num_idle = self._pool.hits(job)
+        needed = self._pool.blocks_for(job.target) - num_hits + num_idle + num_reserved
+        if beside:
+            needed += self._watermark_blocks
+        return num_hits if needed <= self._pool.num_free else None
+
+    def _lacks(self, job: Job, computed_tokens: int) -> int:
+        blocks_for = self._pool.blocks_for
+        return blocks_for(job.target) - blocks_for(computed_tokens)

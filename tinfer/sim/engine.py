@@ -18,12 +18,9 @@ from tinfer.sim.admission import Queues
 from tinfer.sim.batch import DecodeBatch, Stretch
 from tinfer.sim.blocks import BlockPool
 from tinfer.sim.jobs import Job, Kind, Output, What
-from tinfer.sim.noise import Noise
+from tinfer.sim.pace import Pace
 from tinfer.sim.spec import EngineSpec
 from tinfer.sim.steplog import StepLog
-
-# A row of steps with noise is listed, so it is kept short.
-NUM_NOISY_STEPS = 64
 
 
 class Report(NamedTuple):
@@ -40,6 +37,8 @@ class SimEngine:
 
     `next_s` is when something happens next unless a message comes first, infinity for never.
     `needs_plan` says that it stands between two steps: nothing goes on until `plan` is called.
+    `reads` are the copies that have begun, as leases and when each copy ends: whoever drives the
+    engine takes them out and tells the leases' owners.
     """
 
     def __init__(self, spec: EngineSpec, worker_id: str = "e", place: int = 0, seed: int = 0):
@@ -70,8 +69,9 @@ class SimEngine:
         self._stretch: Stretch | None = None
         self._taken_blocks = 0
         self._outputs: list[Output] = []
+        self.reads: list[tuple[LeaseKey, float]] = []
         self._preempted: list[str] = []
-        self._noise = Noise(spec.noise, f"tinfer sim noise {seed} {worker_id}")
+        self._pace = Pace(spec, f"tinfer sim noise {seed} {worker_id}")
 
     # --- messages -----------------------------------------------------------------------------
 
@@ -118,28 +118,21 @@ class SimEngine:
         """
         while self.next_s <= until_s:
             self._reach(self.next_s)
-            if self.now_s < until_s:
-                self.plan()
-            else:
+            if self.now_s == until_s:
                 break
+            self._begin()
         outputs, self._outputs = self._outputs, []
         return outputs
 
     def plan(self) -> None:
         """Take what has come, and begin the next step if there is anything to compute."""
-        if self._stretch is not None:
+        if not self.needs_plan:
             return
         self._receive()
-        self.needs_plan = False
-        if self._outputs:  # said during this very call: let it be heard before the next step
+        if self._outputs:  # they are to be heard before the next step begins
             self.next_s = self.now_s
-            self.needs_plan = True
-            return
-        self._stretch = self._schedule()
-        if self._stretch is not None:
-            self._cut(self._stretch)
         else:
-            self.next_s = self._inbox[0][0] if self._inbox else math.inf
+            self._begin()
 
     def report(self, at_s: float) -> Report:
         """The totals at a time between `now_s` and `next_s`."""
@@ -178,13 +171,18 @@ class SimEngine:
         """Whether no job and no lease is here."""
         return not self._jobs and not self._leases
 
+    @property
+    def has_progress(self) -> bool:
+        """Whether `take_progress` has anything to tell."""
+        return any(job.computed > job.reported for job in self.queues.prefilling)
+
     def take_progress(self) -> tuple[tuple[str, int], ...]:
         """Unfinished prompts of which a chunk was computed since the last call, and how far."""
         progress = []
         for job in self.queues.prefilling:
-            if job.computed > job.reported and not job.generated:
+            if job.computed > job.reported:
                 job.reported = job.computed
-                progress.append((job.id, job.computed))
+                progress.append((job.id, min(job.computed, job.prompt_tokens)))
         return tuple(progress)
 
     def take_preempted(self) -> tuple[str, ...]:
@@ -225,9 +223,8 @@ class SimEngine:
         if job in self.queues.pulling:
             job.is_aborted = True  # what is being copied cannot be freed yet
             return
-        waits_to_read = job.kind is Kind.DECODE and not job.was_admitted
-        if waits_to_read and job.lease is not None:
-            self._say(What.READING, job, lease=job.lease, until_s=self.now_s)
+        if job.lease is not None and not job.was_admitted:
+            self.reads.append((job.lease, self.now_s))
         self._running.pop(job, None)
         self.queues.remove(job)
         self._free(job)
@@ -246,60 +243,94 @@ class SimEngine:
         self._say(What.PULLED, job)
         if job.is_aborted:
             return self._free(job)
-        self.pool.register(job, job.prompt_tokens)
         # The last token is computed again: its step samples the first token.
         num_blocks = self.pool.blocks_for(job.computed)
         job.computed -= 1
-        self.pool.give(num_blocks - self.pool.blocks_for(job.computed))
+        num_kept = self.pool.blocks_for(job.computed)
+        self.pool.give(num_blocks - num_kept)
+        self.pool.register(job, num_kept * self.spec.block_tokens)
         self.queues.ready.append(job)
 
     # --- a step -------------------------------------------------------------------------------
 
+    def _begin(self) -> None:
+        self.needs_plan = False
+        self._stretch = self._schedule()
+        if self._stretch is not None:
+            self._cut(self._stretch)
+        else:
+            self.next_s = self._inbox[0][0] if self._inbox else math.inf
+
     def _schedule(self) -> Stretch | None:
         """The next steps, or None when there is nothing to compute."""
         if not self.spec.chunked_prefill:
-            chunks = self.queues.admit_whole(self._num_seats)
-            if chunks:
-                self._grow(chunks, admitted=len(chunks))
-                return self._mixed(chunks, num_decodes=0)
+            most_tokens = self.spec.max_num_batched_tokens
+            prompts = self.queues.admit_whole(most_tokens, self._num_seats, bool(self._running))
+            if prompts:
+                self._prompts_admitted(prompts)
+                return self._pace.mixed(self.now_s, self.num_steps, prompts, None)
         self._join_ready()
         chunks, has_preempted = self._fit_running()
-        self._taken_blocks = self.batch.blocks_for(1)
-        self.pool.take(self._taken_blocks)
-        num_before = len(chunks)
-        self._grow(chunks)
-        if self.spec.chunked_prefill and not has_preempted:
-            budget = self.spec.max_num_batched_tokens - self.batch.num
-            pulls = self.queues.admit(chunks, budget, self.budget_tokens, self._num_seats)
-            self._grow(chunks[num_before:], admitted=len(chunks) - num_before)
+        # Nobody is let in beside a preemption, unless that left nothing to compute.
+        if self.spec.chunked_prefill and not (has_preempted and (chunks or self.batch.num)):
+            num_chunked = sum(num_tokens for _, num_tokens in chunks)
+            prompt_tokens = self._prompt_tokens() - num_chunked
+            prompts, pulls = self.queues.admit(
+                prompt_tokens, self._num_seats, chunks, bool(self._running)
+            )
+            self._prompts_admitted(prompts)
             for job, missing_tokens in pulls:
                 self._begin_pull(job, missing_tokens)
+            chunks += prompts
         if chunks:
-            return self._mixed(chunks, self.batch.num)
-        return self._decodes() if self.batch.num else None
+            return self._pace.mixed(self.now_s, self.num_steps, chunks, self.batch)
+        return self._decode() if self.batch.num else None
 
     @property
     def _num_seats(self) -> int:
         num_taken = len(self._running) + len(self.queues.pulling) + len(self.queues.ready)
         return self.spec.max_num_seqs - num_taken
 
+    def _prompt_tokens(self) -> int:
+        """How many prompt tokens a step may compute beside what decodes."""
+        left = self.spec.max_num_batched_tokens - self.batch.num
+        return left if self.budget_tokens is None else min(left, self.budget_tokens)
+
+    def _decode(self) -> Stretch:
+        """As many steps as go on alike: until one finishes or blocks run out."""
+        num_steps = self.batch.steps_to_finish()
+        num_blocks = self.pool.num_free + self._taken_blocks
+        num_steps = self.batch.steps_within(num_blocks, num_steps)
+        return self._pace.decodes(self.now_s, self.num_steps, num_steps, self.batch)
+
     def _join_ready(self) -> None:
         for job in self.queues.ready:
             self._running[job] = None
-            self._join_batch(job)
+            self._owed_tokens -= self._owed(job)
+            self.batch.join(job)
         self.queues.ready.clear()
 
     def _fit_running(self) -> tuple[list[tuple[Job, int]], bool]:
-        """The chunks of running prompts, after preempting as long as blocks are missing."""
+        """Take the blocks that the next step of all that runs needs; preempt while they are
+        missing. Returns the chunks of running prompts, and whether anybody was preempted."""
         has_preempted = False
         while True:
-            budget = self.spec.max_num_batched_tokens - self.batch.num
-            chunks = self.queues.running_chunks(budget, self.budget_tokens)
-            needed = self.batch.blocks_for(1) + sum(self._new_blocks(*one) for one in chunks)
-            if needed <= self.pool.num_free:
-                return chunks, has_preempted
+            chunks = self.queues.running_chunks(self._prompt_tokens())
+            num_for_decodes = self.batch.blocks_for(1)
+            num_for_chunks = sum(self._new_blocks(*chunk) for chunk in chunks)
+            if num_for_decodes + num_for_chunks <= self.pool.num_free:
+                break
             self._preempt(self._choose_victim())
             has_preempted = True
+        self._taken_blocks = num_for_decodes
+        self.pool.take(num_for_decodes + num_for_chunks)
+        for job, num_tokens in chunks:
+            self.pool.register(job, job.computed + num_tokens)
+        return chunks, has_preempted
+
+    def _new_blocks(self, job: Job, num_tokens: int) -> int:
+        blocks_for = self.pool.blocks_for
+        return blocks_for(job.computed + num_tokens) - blocks_for(job.computed)
 
     def _choose_victim(self) -> Job:
         newest_first = reversed(self._running)
@@ -325,63 +356,21 @@ class SimEngine:
         self._preempted.append(job.id)
         self.queues.add_first(job)
 
-    def _new_blocks(self, job: Job, num_tokens: int) -> int:
-        blocks_for = self.pool.blocks_for
-        return blocks_for(job.computed + num_tokens) - blocks_for(job.computed)
-
-    def _grow(self, chunks: list[tuple[Job, int]], admitted: int = 0) -> None:
-        """Note chunks that are about to be computed. The blocks of running prompts are taken here,
-        those of the admitted ones were as they were admitted."""
-        for job, num_tokens in chunks:
-            if admitted:
-                self._running[job] = None
-                self.queues.prefilling.append(job)
-                self._admitted(job, job.computed)
-            else:
-                self.pool.take(self._new_blocks(job, num_tokens))
+    def _prompts_admitted(self, prompts: list[tuple[Job, int]]) -> None:
+        for job, num_tokens in prompts:
+            if not job.was_admitted:
+                job.ticket.cached_tokens = job.computed
+                job.was_admitted = True
+            self._running[job] = None
+            self.queues.prefilling.append(job)
             self.pool.register(job, job.computed + num_tokens)
 
-    def _admitted(self, job: Job, cached_tokens: int) -> None:
-        if not job.was_admitted and job.kind is not Kind.DECODE:
-            job.ticket.cached_tokens = cached_tokens
-        job.was_admitted = True
-
     def _begin_pull(self, job: Job, missing_tokens: int) -> None:
-        self._admitted(job, 0)
-        until_s = self.now_s + self.spec.costs.handoff_total_s(missing_tokens)
         assert job.lease is not None, f"{job.id}: a decode without a lease"
-        self._say(What.READING, job, lease=job.lease, until_s=until_s)
+        job.was_admitted = True
+        until_s = self.now_s + self.spec.costs.handoff_total_s(missing_tokens)
+        self.reads.append((job.lease, until_s))
         self._post(until_s, self._receive_end_of_pull, job)
-
-    def _mixed(self, chunks: list[tuple[Job, int]], num_decodes: int) -> Stretch:
-        """One step with prompts in it."""
-        tokens = context = 0
-        for job, num_tokens in chunks:
-            tokens += num_tokens
-            context += num_tokens * (2 * job.computed + num_tokens)
-        kv_tokens = self.batch.kv_tokens if num_decodes else 0
-        first_s = self.spec.costs.step_s(tokens, num_decodes, kv_tokens, context / 2)
-        if self.spec.noise:
-            first_s *= self._noise.factors(self.num_steps, 1)[0]
-        self.num_prefill_tokens += tokens
-        return Stretch(self.now_s, first_s, 0.0, 1, num_decodes, chunks)
-
-    def _decodes(self) -> Stretch:
-        """As many steps as go on alike: until one finishes or blocks run out."""
-        batch, costs = self.batch, self.spec.costs
-        num_steps = batch.steps_to_finish()
-        num_steps = batch.steps_within(self.pool.num_free + self._taken_blocks, num_steps)
-        first_s = costs.step_s(0, batch.num, batch.kv_tokens)
-        more_s = costs.kv_token_s * batch.num
-        if not self.spec.noise:
-            return Stretch(self.now_s, first_s, more_s, num_steps, batch.num, [])
-        num_steps = min(num_steps, NUM_NOISY_STEPS)
-        factors = self._noise.factors(self.num_steps, num_steps)
-        ends_s, end_s = [], self.now_s
-        for number, factor in enumerate(factors):
-            end_s += factor * (first_s + number * more_s)
-            ends_s.append(end_s)
-        return Stretch(self.now_s, first_s, more_s, num_steps, batch.num, [], ends_s)
 
     # --- what comes of it ---------------------------------------------------------------------
 
@@ -396,6 +385,7 @@ class SimEngine:
                 self._add_piece(job)
                 self._finish(job)
         for job, num_tokens in stretch.chunks:
+            self.num_prefill_tokens += num_tokens
             job.computed += num_tokens
             if job.computed == job.target:
                 self._prompt_done(job)
@@ -414,7 +404,7 @@ class SimEngine:
         else:
             if job.generated == 1 and job.kind is Kind.WHOLE:
                 self._say(What.FIRST_TOKEN, job)
-            self._join_batch(job, was_owed=False)
+            self.batch.join(job)
 
     def _hold(self, job: Job) -> None:
         """Keep the blocks of a prefilled prompt for its reader."""
@@ -429,11 +419,6 @@ class SimEngine:
         del self._running[job], self._jobs[job.id]
         self._free(job)
         self._say(What.FINISHED, job)
-
-    def _join_batch(self, job: Job, was_owed: bool = True) -> None:
-        if was_owed:
-            self._owed_tokens -= self._owed(job)
-        self.batch.join(job)
 
     def _leave_batch(self, job: Job) -> None:
         self.batch.leave(job)
@@ -461,12 +446,7 @@ class SimEngine:
         job.computed = 0
 
     def _say(
-        self,
-        what: What,
-        job: Job,
-        lease: LeaseKey | None = None,
-        num_blocks: int = 0,
-        until_s: float = 0.0,
+        self, what: What, job: Job, lease: LeaseKey | None = None, num_blocks: int = 0
     ) -> None:
-        said = Output(what, self.now_s, self.worker_id, job, lease, num_blocks, until_s)
+        said = Output(what, self.now_s, self.worker_id, job, lease, num_blocks)
         self._outputs.append(said)

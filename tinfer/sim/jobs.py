@@ -31,6 +31,7 @@ class Ticket:
     pulled_s: float | None = None
     last_token_s: float | None = None
     error: str | None = None
+    has_arrived: bool = False
     is_over: bool = False
     cached_tokens: int = 0
     num_preemptions: int = 0
@@ -100,7 +101,7 @@ class What(enum.Enum):
 
     FIRST_TOKEN: the prompt is done and the job goes on here. PREFILLED: it is done and the blocks
     are held under `lease`. FINISHED, ABORTED, REFUSED: the job is over here. PULLED: the copy has
-    stopped. READING: a copy from `lease` goes on until `until_s`. LEASE_ENDED: blocks are free.
+    stopped. LEASE_ENDED: the blocks are free.
     """
 
     FIRST_TOKEN = "first-token"
@@ -109,7 +110,6 @@ class What(enum.Enum):
     ABORTED = "aborted"
     REFUSED = "refused"
     PULLED = "pulled"
-    READING = "reading"
     LEASE_ENDED = "lease-ended"
 
 
@@ -123,4 +123,3 @@ class Output:
     job: Job
     lease: LeaseKey | None = None
     num_blocks: int = 0
-    until_s: float = 0.0

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
+from tinfer.core.demand import Demand
 from tinfer.core.fleet import Fleet
+from tinfer.core.policies.flips import Flip
 from tinfer.core.requests import Request
 from tinfer.core.types import Route
 from tinfer.core.worker import Worker
@@ -31,6 +33,10 @@ class PrefillOrder(Protocol):
 
     def in_order(self, now_s: float) -> Iterator[Request]: ...
 
+    def listed(self, now_s: float) -> Iterator[Request]:
+        """All that wait, as they would start if nothing else came; changes nothing."""
+        ...
+
 
 class WorkerChoice(Protocol):
     """Which of the workers that could take a request gets it; None keeps the request waiting.
@@ -47,6 +53,18 @@ class DecodeAdmission(Protocol):
     """Whether a worker has room for a request that is to decode there now."""
 
     def admits(self, request: Request, worker: Worker, now_s: float) -> bool: ...
+
+
+class BudgetPolicy(Protocol):
+    """How many prompt tokens a step of that worker may have; None: what the engine takes."""
+
+    def budget(self, worker: Worker) -> int | None: ...
+
+
+class FlipPolicy(Protocol):
+    """Which worker changes its role now, if any; asked again and again. At most one at a time."""
+
+    def flip(self, fleet: Fleet, num_queued: int, demand: Demand, now_s: float) -> Flip | None: ...
 
 
 class Placement(NamedTuple):

@@ -8,7 +8,7 @@ remaining prefill first, with ageing and deadlines.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from tinfer.core.costs import CostModel
@@ -33,6 +33,8 @@ class Fcfs:
 
     def in_order(self, now_s: float) -> Iterator[Request]:
         return iter(self._requests.values())
+
+    listed = in_order
 
 
 class Batched:
@@ -60,12 +62,19 @@ class Batched:
 
     def in_order(self, now_s: float) -> Iterator[Request]:
         if not self._batch:
-            taken = list(islice(self._raw.values(), self._size))
-            taken.sort(key=lambda one: (self._sign * one.prompt_tokens, one.arrival_seq))
-            self._batch = {one.id: one for one in taken}
-            for one in taken:
+            for one in self._sorted(islice(self._raw.values(), self._size)):
+                self._batch[one.id] = one
                 del self._raw[one.id]
         return iter(self._batch.values())
+
+    def listed(self, now_s: float) -> Iterator[Request]:
+        yield from self._batch.values()
+        raw = list(self._raw.values())
+        for start in range(0, len(raw), self._size):
+            yield from self._sorted(raw[start : start + self._size])
+
+    def _sorted(self, requests: Iterable[Request]) -> list[Request]:
+        return sorted(requests, key=lambda one: (self._sign * one.prompt_tokens, one.arrival_seq))
 
 
 class Srpt:
@@ -113,6 +122,8 @@ class Srpt:
         for _, _, request in self._by_rank:
             if request not in urgent:
                 yield request
+
+    listed = in_order
 
     def _rank(self, request: Request) -> tuple[float, int, Request]:
         rank = self._cost_s[request.id] + self._ageing * request.arrived_s

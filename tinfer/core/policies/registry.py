@@ -9,9 +9,13 @@ from typing import TypeVar
 from tinfer.core.fleet import Fleet
 from tinfer.core.policies.admission import Greedy, Peak, ReserveDynamic, ReserveStatic
 from tinfer.core.policies.auto import AutoPlacer
+from tinfer.core.policies.budgets import Slack, WholeChunks
 from tinfer.core.policies.decode import LeastKv, PowerOfTwo, Projected
+from tinfer.core.policies.flips import Off, Reactive, Watchdog
 from tinfer.core.policies.interfaces import (
+    BudgetPolicy,
     DecodeAdmission,
+    FlipPolicy,
     Placer,
     PrefillOrder,
     WorkerChoice,
@@ -48,6 +52,15 @@ DECODE_ADMISSIONS: dict[str, Factory[DecodeAdmission]] = {
     "reserve-dynamic": lambda config: ReserveDynamic(),
     "peak": lambda config: Peak(config.overflow_z),
 }
+BUDGETS: dict[str, Factory[BudgetPolicy]] = {
+    "whole-chunks": lambda config: WholeChunks(),
+    "slack": lambda config: Slack(config.itl_slack),
+}
+FLIPS: dict[str, Factory[FlipPolicy]] = {
+    "off": lambda config: Off(),
+    "watchdog": lambda config: Watchdog(),
+    "reactive": lambda config: Reactive(),
+}
 
 
 class UnknownPolicy(ValueError):
@@ -63,6 +76,8 @@ class Policies:
     placers: Mapping[Route | None, Placer]
     decode_choice: WorkerChoice
     decode_admission: DecodeAdmission
+    budget: BudgetPolicy
+    flip: FlipPolicy
     settles_early: bool
 
 
@@ -86,5 +101,7 @@ def build_policies(config: SchedulerConfig, fleet: Fleet) -> Policies:
         placers={Route.SPLIT: split, Route.WHOLE: whole, None: AutoPlacer(admission)},
         decode_choice=found(DECODE_CHOICES, "decode_choice")(config),
         decode_admission=admission,
+        budget=found(BUDGETS, "prefill_budget")(config),
+        flip=found(FLIPS, "flip")(config),
         settles_early=found({name: name for name in DISPATCHES}, "dispatch") == "first-chunk",
     )

@@ -1,0 +1,94 @@
+"""Predictors that learn nothing: the bound, the truth, and a truth that errs as it says."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Protocol
+
+from msgspec import Struct
+
+from tinfer.core.lengths import Lengths, bucket, certain
+
+# Of the paper's classifier at its middle granularity (arXiv 2401.11181, section 4.2.2).
+PAPER_ACCURACY = 0.749
+PAPER_GRANULARITY_TOKENS = 200
+
+
+class Asked(Struct, frozen=True):
+    """What is known of a request when it arrives.
+
+    `output_tokens` is the true length of its answer where it is known: to a simulation, and in a
+    benchmark that has the answer run to its bound; None anywhere else.
+    """
+
+    request_id: str
+    prompt_tokens: int
+    max_output_tokens: int
+    output_tokens: int | None = None
+
+
+class Predictor(Protocol):
+    """Says how long an answer will be; equal questions get equal answers."""
+
+    def predict(self, asked: Asked) -> Lengths: ...
+
+
+class MaxTokens:
+    """Every answer is as long as it may be: safe, and wrong for nearly all."""
+
+    def predict(self, asked: Asked) -> Lengths:
+        return certain(asked.max_output_tokens)
+
+
+class Oracle:
+    """The true length, or the bound where nobody knows it."""
+
+    def predict(self, asked: Asked) -> Lengths:
+        return certain(asked.output_tokens or asked.max_output_tokens)
+
+
+class NoisyOracle:
+    """The paper's classifier as its figures describe it: the true bucket, with that accuracy.
+
+    A wrong answer is the bucket `d` away with probability 2^-d, above or below alike, and above
+    where there is none below: the paper does not say how its classifier errs, and classes next to
+    each other are the likeliest to be confused. What a request gets follows from `seed` and its id.
+    """
+
+    def __init__(
+        self,
+        accuracy: float = PAPER_ACCURACY,
+        granularity_tokens: int = PAPER_GRANULARITY_TOKENS,
+        seed: int = 0,
+    ) -> None:
+        if not 0.0 <= accuracy <= 1.0:
+            raise ValueError(f"accuracy {accuracy} is not between 0 and 1")
+        if granularity_tokens < 1:
+            raise ValueError(f"buckets of {granularity_tokens} tokens")
+        self._accuracy = accuracy
+        self._granularity_tokens = granularity_tokens
+        self._seed = seed
+
+    def predict(self, asked: Asked) -> Lengths:
+        rng = random.Random(f"noisy oracle {self._seed} {asked.request_id}")
+        true_tokens = asked.output_tokens or asked.max_output_tokens
+        number = true_tokens // self._granularity_tokens
+        if rng.random() >= self._accuracy:
+            number = self._wrong(number, rng)
+        low = number * self._granularity_tokens
+        return bucket(low, low + self._granularity_tokens).up_to(asked.max_output_tokens)
+
+    def _wrong(self, number: int, rng: random.Random) -> int:
+        distance = 1
+        while rng.random() < 0.5:
+            distance += 1
+        below = number - distance
+        return below if below >= 0 and rng.random() < 0.5 else number + distance
+
+
+PREDICTORS: dict[str, Callable[[], Predictor]] = {
+    "max-tokens": MaxTokens,
+    "oracle": Oracle,
+    "noisy-oracle": NoisyOracle,
+}
