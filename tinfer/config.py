@@ -53,7 +53,7 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         Literal["auto", "split", "whole"],
         Meta(
             description="split: prefill and decode on two workers; whole: on one; "
-            "auto: decided per request (today the same as split)."
+            "auto: what costs least, decided per request."
         ),
     ] = "auto"
     kv_transport: Annotated[
@@ -61,14 +61,73 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         Meta(description="How KV blocks move; auto takes what a probe shows to work."),
     ] = "auto"
     prefill_policy: Annotated[
-        Literal["fcfs"], Meta(description="Order in which queued prompts are prefilled.")
-    ] = "fcfs"
+        Literal["srpt", "fcfs", "sjf", "ljf"],
+        Meta(
+            description="Order in which queued prompts start: shortest remaining first, with "
+            "ageing; or the paper's three."
+        ),
+    ] = "srpt"
+    prefill_sched_batch: Annotated[
+        Positive,
+        Meta(
+            description="Prompts that sjf and ljf sort at a time; nothing overtakes such a batch."
+        ),
+    ] = 16
+    prefill_ageing: Annotated[
+        float,
+        Meta(gt=0, description="Seconds of prefill that a second of waiting is worth under srpt."),
+    ] = 0.1
+    ttft_deadline: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(description="Seconds to the first token for which srpt lets a prompt go first."),
+    ] = None
+    prefill_choice: Annotated[
+        Literal["earliest-finish", "least-loaded"],
+        Meta(description="Where a prompt is computed; earliest-finish counts cached prefixes."),
+    ] = "earliest-finish"
+    prefill_budget: Annotated[
+        Literal["slack", "whole-chunks"],
+        Meta(description="How much prompt a step has where something decodes: see --itl-slack."),
+    ] = "slack"
+    itl_slack: Annotated[
+        float,
+        Meta(gt=0, description="How many times its own length a decode step gives to prompts."),
+    ] = 4.0
     decode_policy: Annotated[
-        Literal["least-loaded"], Meta(description="How a decode worker is chosen.")
-    ] = "least-loaded"
-    admission: Annotated[
-        Literal["greedy"], Meta(description="When a decode worker takes a request.")
-    ] = "greedy"
+        Literal["projected", "power-of-two", "least-kv"],
+        Meta(description="How a decode worker is chosen; power-of-two is the paper's."),
+    ] = "projected"
+    dispatch: Annotated[
+        Literal["first-token", "first-chunk"],
+        Meta(
+            description="When a split request's decode worker is settled; the paper: first-chunk."
+        ),
+    ] = "first-token"
+    decode_admission: Annotated[
+        Literal["peak", "greedy", "reserve-static", "reserve-dynamic"],
+        Meta(description="When a decode worker takes a request, by the KV it is going to need."),
+    ] = "peak"
+    overflow_risk: Annotated[
+        float,
+        Meta(gt=0, le=0.5, description="Chance of running out of KV that peak admission takes."),
+    ] = 0.05
+    predictor: Annotated[
+        Literal["prior", "max-tokens", "oracle", "noisy-oracle"],
+        Meta(
+            description="What says how long an answer will be; the oracles know it only where "
+            "the client ignores EOS."
+        ),
+    ] = "prior"
+    predictor_accuracy: Annotated[
+        float, Meta(ge=0, le=1, description="Share of noisy-oracle's buckets that are right.")
+    ] = 0.749
+    predictor_granularity: Annotated[
+        Positive, Meta(description="Tokens per bucket of noisy-oracle.")
+    ] = 200
+    flip: Annotated[
+        Literal["off", "watchdog", "reactive"],
+        Meta(description="When workers change roles: never, once idle (the paper), or by demand."),
+    ] = "off"
 
     tensor_parallel_size: Annotated[
         Positive, Meta(description="GPUs (or groups of CPU cores) that share one worker's model.")

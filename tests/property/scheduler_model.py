@@ -24,6 +24,7 @@ from tinfer.core.events import (
     Prefilled,
     Pulled,
     ReleaseLease,
+    SetBudget,
     StartDecode,
     StartPrefill,
     StartWhole,
@@ -91,7 +92,7 @@ class Process:
             case ReleaseLease(key):
                 if key in self.rows:
                     self.rows[key].is_released = True
-            case ExtendLease():
+            case ExtendLease() | SetBudget():
                 pass
             case _:
                 raise AssertionError(f"{action} sent to a worker")

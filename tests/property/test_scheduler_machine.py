@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from tests.property.scheduler_world import World
-from tinfer.core.types import Route
+from tinfer.core.policies.registry import (
+    BUDGETS,
+    DECODE_ADMISSIONS,
+    DECODE_CHOICES,
+    DISPATCHES,
+    FLIPS,
+    PREFILL_ORDERS,
+    ROUTES,
+    START_CHOICES,
+)
+from tinfer.core.types import Route, SchedulerConfig
 
 FLEETS = ["PD", "PPDD", "BD", "BB", "PBD", "PB", "D", "PPD"]
 WORK = ["receive", "step", "deliver"]
@@ -32,7 +42,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def start(self, fleet: str, order: random.Random) -> None:
         self.world = World(fleet, order)
 
-    @rule(tokens=st.integers(0, 30), out=st.sampled_from([2, 1]), wish=st.sampled_from(WISHES))
+    @rule(tokens=st.integers(1, 30), out=st.sampled_from([2, 1]), wish=st.sampled_from(WISHES))
     def arrive(self, tokens: int, out: int, wish: Route | None) -> None:
         assert self.world is not None
         self.world.arrive(tokens, out, wish)
@@ -78,11 +88,56 @@ def walk(fleet: str, rng: random.Random, num_moves: int) -> None:
     for _ in range(num_moves):
         dice = rng.random()
         if dice < 0.10:
-            world.arrive(rng.randint(0, 30), rng.choice([2, 2, 2, 1]), rng.choice(WISHES))
+            world.arrive(rng.randint(1, 30), rng.choice([2, 2, 2, 1]), rng.choice(WISHES))
         elif dice < 0.14:
             world.cancel(rng.randrange(100))
         elif dice < 0.18:
             world.disturb(rng.randrange(100), rng.choice(DISTURB))
+        else:
+            world.work(rng.choice(WORK), rng.randrange(100), rng.choice(ENDS))
+    world.finish()
+
+
+def some_config(rng: random.Random) -> SchedulerConfig:
+    """Any policy of each kind."""
+    kinds = {
+        "route": ROUTES,
+        "prefill_order": PREFILL_ORDERS,
+        "prefill_choice": START_CHOICES,
+        "whole_choice": START_CHOICES,
+        "decode_choice": DECODE_CHOICES,
+        "decode_admission": DECODE_ADMISSIONS,
+        "prefill_budget": BUDGETS,
+        "flip": FLIPS,
+        "dispatch": DISPATCHES,
+    }
+    chosen = {option: rng.choice(sorted(names)) for option, names in kinds.items()}
+    return SchedulerConfig(
+        **chosen,  # type: ignore[arg-type]
+        max_num_queued_reqs=4,
+        prefill_sched_batch=rng.choice((1, 3)),
+        ttft_deadline_s=rng.choice((None, 5.0)),
+        seed=rng.randrange(9),
+    )
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_whatever_decides_no_request_is_lost_and_no_account_stays_open(seed: int) -> None:
+    rng = random.Random(f"policies {seed}")
+    fleet = rng.choice([*FLEETS, "PPDD", "PDDD", "PPPD"])
+    world = World(fleet, rng, some_config(rng))
+    for _ in range(400):
+        dice = rng.random()
+        if dice < 0.15:
+            hashes = tuple(range(rng.randrange(4)))
+            out = rng.choice((1, 2, 5, 400))
+            world.arrive(rng.randint(1, 30), out, rng.choice(WISHES), hashes)
+        elif dice < 0.18:
+            world.cancel(rng.randrange(100))
+        elif dice < 0.21:
+            world.disturb(rng.randrange(100), rng.choice(DISTURB))
+        elif dice < 0.31:
+            world.report(rng.randrange(100), rng.randint(1, 50))
         else:
             world.work(rng.choice(WORK), rng.randrange(100), rng.choice(ENDS))
     world.finish()

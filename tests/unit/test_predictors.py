@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tinfer.core.lengths import certain
-from tinfer.predict.predictors import PREDICTORS, Asked, MaxTokens, NoisyOracle, Oracle
+from tinfer.predict.predictors import PREDICTORS, Asked, MaxTokens, NoisyOracle, Oracle, Prior
 
 
 def asked(number: int = 0, output: int | None = 300, most: int = 4000) -> Asked:
@@ -16,7 +16,15 @@ def test_the_bound_and_the_truth() -> None:
     assert MaxTokens().predict(asked()) == certain(4000)
     assert Oracle().predict(asked()) == certain(300)
     assert Oracle().predict(asked(output=None)) == certain(4000)
-    assert sorted(PREDICTORS) == ["max-tokens", "noisy-oracle", "oracle"]
+    assert sorted(PREDICTORS) == ["max-tokens", "noisy-oracle", "oracle", "prior"]
+
+
+def test_the_prior_is_what_answers_are_like_and_is_cut_at_the_bound() -> None:
+    lengths = Prior().predict(asked())
+    assert 120 <= lengths.points[len(lengths.points) // 2] <= 170
+    assert 0.08 <= lengths.share_over(424) <= 0.13
+    assert Prior().predict(asked(most=100)).points[-1] == 100
+    assert Prior().predict(asked(most=1)).points == (1,) * len(lengths.points)
 
 
 @pytest.mark.parametrize("accuracy", [0.0, 0.5, 0.749, 1.0])

@@ -31,6 +31,7 @@ from tinfer.wire.messages import (
     Ready,
     Refused,
     ReleaseLease,
+    SetBudget,
     Source,
     Start,
     Step,
@@ -42,7 +43,7 @@ from tinfer.wire.messages import (
 PROMPT = b"\x05\0\0\0\x2c\x01\0\0"  # token ids 5 and 300
 LEASE = LeaseId(3, 70000)
 SOURCE = Source("prefill-0", 2, LEASE, 20, 2, b"\x93\x01\xff\0")
-STATS = WorkerStats(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 0.5)
+STATS = WorkerStats(1, 2, 3, 4, 5, 6, 7, 8, 0.25, 9, 10, 11, 12, 13, 14, 0.5)
 SAMPLING = SamplingSpec(
     max_tokens=64,
     min_tokens=2,
@@ -98,6 +99,8 @@ TO_WORKER: list[messages.ToWorker] = [
     Start("r-2", "prefill", PROMPT, SAMPLING),
     Start("r-3", "decode", PROMPT, SamplingSpec(16), SOURCE, first_token=17, cached_tokens=16),
     Abort(["r-1", "r-2"]),
+    SetBudget(0),
+    SetBudget(None),
     ReleaseLease(LEASE),
     ExtendLease(LEASE, 2.5),
     PeerUp("prefill-0", 2, b"\0export"),
@@ -132,6 +135,7 @@ TO_MASTER: list[messages.ToMaster] = [
         ],
         STATS,
     ),
+    Step([], STATS, [("r-3", 512), ("r-4", 0)], ["r-5"]),
     Refused("r-1", "too long", client_fault=True),
     PullDone("r-1", ok=False, reason="gone", num_bytes=1 << 32, copy_s=0.5, handoff_s=0.75),
     LeasesEnded([LEASE], STATS),

@@ -31,6 +31,8 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
         return st.one_of([values(argument) for argument in arguments])
     if origin is list:
         return st.lists(values(arguments[0]), max_size=3)
+    if origin is tuple:
+        return st.tuples(*(values(argument) for argument in arguments))
     if origin is dict:
         return st.dictionaries(values(arguments[0]), values(arguments[1]), max_size=3)
     if isinstance(hint, type) and issubclass(hint, Struct):

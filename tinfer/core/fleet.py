@@ -90,8 +90,8 @@ class Fleet:
 
     @property
     def num_taking(self) -> int:
-        """Workers that a prefill could start on now."""
-        return sum(worker.takes_prefill for worker in self.workers)
+        """Workers with a seat for one more request."""
+        return sum(worker.has_seat for worker in self.workers)
 
     def expects_reader(self, source: Role) -> bool:
         """Whether such a worker is up or to come."""

@@ -42,14 +42,14 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig) -> None:
         self._max_num_queued_reqs = config.max_num_queued_reqs
         self._fleet = Fleet(config.costs)
-        self._policies = build_policies(config, self._fleet)
+        self._demand = Demand(DEMAND_MEMORY_S)
+        self._policies = build_policies(config, self._fleet, self._demand)
         self._queues = self._policies.queues
         # Prefilled and waiting for a reader, by the source's role, which decides who may read:
         # within one of the two all wait for the same workers, so strict order blocks nobody.
         self._handoffs: dict[Role, dict[str, Request]] = {Role.PREFILL: {}, Role.BOTH: {}}
         self._requests = RequestTable()
         self._ledger = Ledger()
-        self._demand = Demand(DEMAND_MEMORY_S)
         self._flip_reasons: dict[str, str] = {}
         self._num_arrived = 0
         self._actions: list[ev.Action] = []
@@ -139,13 +139,16 @@ class Scheduler:
             return self._refuse(event.request_id, "no-worker", "no worker is up")
         if sum(map(len, self._queues.values())) >= self._max_num_queued_reqs:
             return self._refuse(event.request_id, "queue-full", "too many requests are waiting")
+        wish = event.route or self._policies.wish
+        if wish is Route.SPLIT and event.max_output_tokens == 1:
+            wish = Route.WHOLE  # one token is all prefill: there is nothing to hand off
         request = Request(
             id=event.request_id,
             prompt_tokens=event.prompt_tokens,
             max_output_tokens=event.max_output_tokens,
             arrival_seq=self._num_arrived,
             arrived_s=now_s,
-            wish=event.route or self._policies.wish,
+            wish=wish,
             lengths=(event.lengths or certain(event.max_output_tokens)).up_to(
                 event.max_output_tokens
             ),

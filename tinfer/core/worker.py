@@ -101,6 +101,25 @@ class Worker:
         limit_tokens = NUM_OUTSTANDING_CHUNKS * self.step_prefill_tokens
         return self.has_seat and self.outstanding_prefill_tokens < limit_tokens
 
+    def takes(self, request: Request) -> bool:
+        """The same for that request, where the engine computes the shortest prompt left first."""
+        limit_tokens = NUM_OUTSTANDING_CHUNKS * self.step_prefill_tokens
+        return self.has_seat and self.ahead_tokens(self.uncached_tokens(request)) < limit_tokens
+
+    def ahead_tokens(self, tokens: int) -> int:
+        """Outstanding here of prompts that have no more left than that."""
+        if not self.num_prefilling:
+            return 0
+        return sum(
+            one.prefill_tokens for one in self.requests.values() if 0 < one.prefill_tokens <= tokens
+        )
+
+    def num_longer(self, tokens: int) -> int:
+        """Prompts under way here that have more left than that."""
+        if not self.num_prefilling:
+            return 0
+        return sum(one.prefill_tokens > tokens for one in self.requests.values())
+
     def blocks_for(self, request: Request) -> int:
         """KV blocks for the prompt and one more token."""
         return -(-(request.prompt_tokens + 1) // self.capacity.block_tokens)

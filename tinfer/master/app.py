@@ -23,8 +23,9 @@ from tinfer.api.service import ModelCard
 from tinfer.clock import MonotonicClock
 from tinfer.config import ServeConfig
 from tinfer.core import events
+from tinfer.core.costs import CostModel
 from tinfer.core.scheduler import Scheduler
-from tinfer.core.types import Capacity, Role, SchedulerConfig
+from tinfer.core.types import Capacity, Role
 from tinfer.errors import NoWorker, StartError, TinferError
 from tinfer.master import report, transport
 from tinfer.master.cores import CoreClaims
@@ -35,6 +36,7 @@ from tinfer.master.pairing import Pairs, pair
 from tinfer.master.plan import Decision
 from tinfer.master.preparation import prepare
 from tinfer.master.rundir import RunDirectory
+from tinfer.master.scheduling import predictor_of, scheduler_config
 from tinfer.master.service import MasterService, Mood
 from tinfer.master.supervisor import Life, Supervisor, WorkerSlot
 from tinfer.wire import messages as wire
@@ -95,17 +97,13 @@ class Server:
         self._door = Door(listener, client_descriptors(len(placements)))
         self._run_dir = RunDirectory(listener.getsockname()[1])
         self._link = MasterLink(self._run_dir.socket_path, self._on_message)
-        self._scheduler = Scheduler(
-            SchedulerConfig(
-                route=config.route,
-                prefill_order=config.prefill_policy,
-                decode_choice=config.decode_policy,
-                decode_admission=config.admission,
-                max_num_queued_reqs=config.max_num_queued_reqs,
-            )
-        )
+        self._scheduler = Scheduler(scheduler_config(config, CostModel()))
         self._dispatcher = Dispatcher(
-            self._scheduler, self._link.send, MonotonicClock(), config.lease_ttl
+            self._scheduler,
+            self._link.send,
+            MonotonicClock(),
+            config.lease_ttl,
+            predictor_of(config),
         )
         self._supervisor = Supervisor(
             config,

@@ -74,7 +74,10 @@ class Queues:
         """
         prompts: list[Chunk] = []
         pulls: list[Chunk] = []
-        num_reserved = sum(self._lacks(job, job.computed + num) for job, num in running)
+        taken = dict(running)
+        num_reserved = sum(
+            self._lacks(job, job.computed + taken.get(job, 0)) for job in self.prefilling
+        )
         while num_seats > 0:
             queue = self._next_queue(prompt_tokens > 0)
             if not queue:
@@ -130,6 +133,8 @@ class Queues:
         job.computed = num_hits * self._pool.block_tokens
         num_tokens = min(prompt_tokens, job.target - job.computed)
         self._pool.take(self._pool.blocks_for(job.computed + num_tokens) - num_hits)
+        # Findable from now on, even for who is let in right behind: both compute in one step.
+        self._pool.register(job, job.computed + num_tokens)
         return num_tokens
 
     def _take_all(self, job: Job, num_reserved: int, beside: bool) -> int | None:

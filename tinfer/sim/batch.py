@@ -115,7 +115,7 @@ class DecodeBatch:
         return job.generated + self.num_steps - job.joined_step
 
     def advance(self, num_steps: int) -> list[Job]:
-        """Do so many steps, and return those that have all their tokens, in order of joining."""
+        """Do so many steps, and return those that have all their tokens."""
         self.num_steps += num_steps
         self.kv_tokens += num_steps * self.num
         finished = []

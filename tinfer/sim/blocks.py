@@ -71,15 +71,13 @@ class BlockPool:
             self._refs[block_hash] = self._refs.get(block_hash, 0) + 1
         job.refs = list(hashes)
         job.num_registered = len(hashes)
-        num_own = num_hits - len(hashes)
-        if num_own:
-            # What lies behind them stays free, but nothing leads to it any more.
-            self._num_idle -= self._idle.pop(job.id)
-            self.num_free -= num_own
+        # What a chain holds beyond is computed anew, so nothing leads to it any more.
+        self._num_idle -= self._idle.pop(job.id, 0)
+        self.num_free -= num_hits - len(hashes)
 
     def register(self, job: Job, computed_tokens: int) -> None:
-        """Make the job's whole prompt blocks up to there findable; a block that another one
-        already stands for stays the job's own."""
+        """Make the job's whole prompt blocks up to there findable. One that another request's
+        block already stands for is the job's own, and forgotten with it."""
         hashes = job.ticket.request.block_hashes
         end = min(computed_tokens // self.block_tokens, len(hashes))
         if not self.caching or job.num_registered >= end:
@@ -97,7 +95,7 @@ class BlockPool:
         """Free the job's `num_blocks` blocks, which hold `computed_tokens` tokens."""
         self.num_free += num_blocks - len(job.refs)
         if self.caching:
-            num_own = computed_tokens // self.block_tokens - len(job.refs)
+            num_own = computed_tokens // self.block_tokens - job.num_registered
             if num_own > 0:
                 kept = self._idle.pop(job.id, 0)
                 self._num_idle += max(kept, num_own) - kept

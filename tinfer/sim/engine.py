@@ -61,6 +61,7 @@ class SimEngine:
         self._owed_tokens = 0
         # In order of admission: what decodes and what has a part of its prompt.
         self._running: dict[Job, None] = {}
+        self._num_entered = 0
         self._jobs: dict[str, Job] = {}
         self._leases: dict[LeaseKey, Job] = {}
         self._num_leases = 0
@@ -241,8 +242,9 @@ class SimEngine:
     def _receive_end_of_pull(self, job: Job) -> None:
         self.queues.pulling.discard(job)
         self._say(What.PULLED, job)
-        if job.is_aborted:
-            return self._free(job)
+        if job.is_aborted:  # nothing of what was copied is findable
+            num_blocks = self.pool.blocks_for(job.computed)
+            return self.pool.release(job, num_blocks, job.num_registered * self.spec.block_tokens)
         # The last token is computed again: its step samples the first token.
         num_blocks = self.pool.blocks_for(job.computed)
         job.computed -= 1
@@ -305,7 +307,7 @@ class SimEngine:
 
     def _join_ready(self) -> None:
         for job in self.queues.ready:
-            self._running[job] = None
+            self._enter(job)
             self._owed_tokens -= self._owed(job)
             self.batch.join(job)
         self.queues.ready.clear()
@@ -357,13 +359,17 @@ class SimEngine:
         self.queues.add_first(job)
 
     def _prompts_admitted(self, prompts: list[tuple[Job, int]]) -> None:
-        for job, num_tokens in prompts:
+        for job, _ in prompts:
             if not job.was_admitted:
                 job.ticket.cached_tokens = job.computed
                 job.was_admitted = True
-            self._running[job] = None
+            self._enter(job)
             self.queues.prefilling.append(job)
-            self.pool.register(job, job.computed + num_tokens)
+
+    def _enter(self, job: Job) -> None:
+        self._num_entered += 1
+        job.rank = self._num_entered
+        self._running[job] = None
 
     def _begin_pull(self, job: Job, missing_tokens: int) -> None:
         assert job.lease is not None, f"{job.id}: a decode without a lease"
@@ -381,7 +387,7 @@ class SimEngine:
         if stretch.num_decodes:
             self.pool.take(self.batch.blocks_for(num_steps) - self._taken_blocks)
             self.log.add(stretch)
-            for job in self.batch.advance(num_steps):
+            for job in sorted(self.batch.advance(num_steps), key=_rank):
                 self._add_piece(job)
                 self._finish(job)
         for job, num_tokens in stretch.chunks:
@@ -450,3 +456,7 @@ class SimEngine:
     ) -> None:
         said = Output(what, self.now_s, self.worker_id, job, lease, num_blocks)
         self._outputs.append(said)
+
+
+def _rank(job: Job) -> int:
+    return job.rank

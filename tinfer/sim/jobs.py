@@ -52,7 +52,7 @@ class Job:
 
     `computed` are the tokens whose KV is here, `generated` the ones sampled here. While the job
     decodes both are kept by the batch. `refs` are the hashed blocks it shares; `lease` is, for a
-    decode, what it reads. `rank` orders what waits, `entry` is the batch's.
+    decode, what it reads. `rank` orders what waits, and later what runs; `entry` is the batch's.
     """
 
     ticket: Ticket

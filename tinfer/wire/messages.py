@@ -62,6 +62,13 @@ class Abort(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
     request_ids: list[str]
 
 
+class SetBudget(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
+    """From the next step on, compute at most so many prompt tokens per step, 0 for none; None: as
+    many as a step takes. What decodes and what is pulled never waits for it."""
+
+    prefill_tokens: int | None
+
+
 class ReleaseLease(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
     """No reader will come, or it is dead: end the lease and free its blocks."""
 
@@ -98,7 +105,7 @@ class Stop(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
     """Leave the loop, close everything and exit with code 0."""
 
 
-ToWorker = Start | Abort | ReleaseLease | ExtendLease | PeerUp | PeerDown | Wake | Stop
+ToWorker = Start | Abort | SetBudget | ReleaseLease | ExtendLease | PeerUp | PeerDown | Wake | Stop
 
 
 # --- worker → master -------------------------------------------------------------------------
@@ -107,17 +114,21 @@ ToWorker = Start | Abort | ReleaseLease | ExtendLease | PeerUp | PeerDown | Wake
 class WorkerStats(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What the engine holds and has done, as of the message that carries it.
 
-    Counters grow for the life of one incarnation. `num_used_blocks` counts blocks owned by a
-    request or held under a lease; blocks that only the prefix cache remembers are free.
+    Counters grow for the life of one incarnation. `num_steps` are the steps that computed anything,
+    `busy_s` the seconds spent in them. `num_computed_prompt_tokens` includes what is computed again
+    after a preemption. `num_used_blocks` counts blocks owned by a request or held under a lease;
+    blocks that only the prefix cache remembers are free.
     """
 
     num_running: int = 0
     num_waiting: int = 0
     num_used_blocks: int = 0
+    num_free_blocks: int = 0
     num_open_leases: int = 0
     num_mapped_peers: int = 0
     num_stale_mappings: int = 0
     num_steps: int = 0
+    busy_s: float = 0.0
     num_computed_prompt_tokens: int = 0
     num_recomputed_pulled_tokens: int = 0
     num_preemptions: int = 0
@@ -180,11 +191,19 @@ class Output(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
     source: Source | None = None
 
 
-class Step(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
-    """One engine step: every request's new tokens in one message."""
+class Step(Struct, tag=True, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One engine step: every request's new tokens in one message.
+
+    `progress` are the prompts of which a chunk was computed and that are not done, each with the
+    prompt tokens that are, cached ones included; `preempted` the requests that lost their blocks
+    since the last step and will be computed again where they are. Either alone makes a step worth
+    telling: then there are no outputs.
+    """
 
     outputs: list[Output]
     stats: WorkerStats
+    progress: list[tuple[str, int]] = []
+    preempted: list[str] = []
 
 
 class Refused(Struct, tag=True, frozen=True, forbid_unknown_fields=True):

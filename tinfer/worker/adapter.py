@@ -6,7 +6,7 @@ what became of them as notices, which the loop sends on unchanged.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from tinfer.wire.messages import (
     Aborted,
@@ -29,6 +29,18 @@ class EngineRefusal(Exception):
     def __init__(self, message: str, client_fault: bool) -> None:
         super().__init__(message)
         self.client_fault = client_fault
+
+
+class Report(NamedTuple):
+    """What steps did that their outputs do not tell.
+
+    `progress`: prompts of which a chunk was computed and that are not done, with the prompt tokens
+    that are, cached ones included. `preempted`: requests that lost their blocks; what they had is
+    computed again, and their answers go on where they were.
+    """
+
+    progress: list[tuple[str, int]]
+    preempted: list[str]
 
 
 class Engine(Protocol):
@@ -54,6 +66,11 @@ class Engine(Protocol):
         """Stop requests; each known one yields an `Aborted` notice. Unknown ids are ignored."""
         ...
 
+    def set_prefill_budget(self, tokens: int | None) -> None:
+        """Compute at most so many prompt tokens per step from the next one on, 0 for none; None: as
+        many as a step takes. What decodes and what is pulled never waits for it."""
+        ...
+
     def add_peer(self, worker_id: str, generation: int, export: bytes) -> None: ...
 
     def drop_peer(self, worker_id: str, generation: int) -> None: ...
@@ -70,6 +87,10 @@ class Engine(Protocol):
 
     def step(self) -> list[Output]:
         """One iteration; also moves pulls and leases on, so it is called when nothing computes."""
+        ...
+
+    def take_report(self) -> Report:
+        """What the steps since the last call did beside their outputs."""
         ...
 
     def was_idle_step(self) -> bool:

@@ -79,7 +79,7 @@ class TinferConnector(KVConnectorBase_V1, SupportsHMA):
         self.scheduler_side.blocks_allocated(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        return self.scheduler_side.build_metadata(scheduler_output)
+        return self.scheduler_side.build_metadata()
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         self.scheduler_side.step_done(connector_output)
@@ -93,7 +93,9 @@ class TinferConnector(KVConnectorBase_V1, SupportsHMA):
         return self.scheduler_side.has_queued_work()
 
     def has_pending_block_frees(self) -> bool:
-        return self.scheduler_side.num_open_leases > 0
+        """Whether vLLM should wait for blocks rather than preempt. An open lease is no reason: its
+        reader may be waiting for blocks in turn, for those of a request that waits for ours."""
+        return self.scheduler_side.has_ending_leases()
 
     def set_xfer_handshake_metadata(
         self, metadata: dict[int, KVConnectorHandshakeMetadata]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -22,9 +23,10 @@ from tinfer.wire.messages import (
     Start,
     WorkerStats,
 )
-from tinfer.worker.adapter import EngineRefusal, Notice
+from tinfer.worker.adapter import EngineRefusal, Notice, Report
 from tinfer.worker.connector import TinferConnector
 from tinfer.worker.engine_build import build_engine
+from tinfer.worker.engine_scheduler import EngineScheduler
 from tinfer.worker.handoff_scheduler import SchedulerSide
 from tinfer.worker.kv_format import published_format
 from tinfer.worker.ranks.executor import RankExecutor
@@ -51,7 +53,9 @@ class VllmEngine:
         self._wake = WakePipe()
         self._llm = build_engine(spec, self._wake.path)
         core: Any = self._llm.engine_core
-        self._scheduler = core.engine_core.scheduler
+        scheduler = core.engine_core.scheduler
+        assert isinstance(scheduler, EngineScheduler)
+        self._scheduler = scheduler
         executor = core.engine_core.model_executor
         self._ranks = executor if isinstance(executor, RankExecutor) else None
         connector = self._scheduler.connector
@@ -60,6 +64,7 @@ class VllmEngine:
         self._running: dict[str, _Running] = {}
         self._aborted: list[str] = []
         self._num_steps = 0
+        self._busy_s = 0.0
         self._emitted = False
 
     # --- what it is ---------------------------------------------------------------------------
@@ -130,11 +135,11 @@ class VllmEngine:
         return bool(self._scheduler.has_requests())
 
     def was_idle_step(self) -> bool:
-        return self._handoff.num_scheduled_tokens == 0 and not self._emitted
+        return self._scheduler.num_scheduled_tokens == 0 and not self._emitted
 
     def step(self) -> list[Output]:
-        self._num_steps += 1
-        self._handoff.num_scheduled_tokens = 0
+        started_s = time.monotonic()
+        self._scheduler.num_scheduled_tokens = 0
         try:
             results = cast("list[RequestOutput]", self._llm.step())
         except RuntimeError:
@@ -142,7 +147,16 @@ class VllmEngine:
             raise
         outputs = [output for result in results if (output := self._output(result)) is not None]
         self._emitted = bool(outputs) or self._handoff.has_notices()
+        if self._scheduler.num_scheduled_tokens:
+            self._num_steps += 1
+            self._busy_s += time.monotonic() - started_s
         return outputs
+
+    def take_report(self) -> Report:
+        return self._scheduler.take_report()
+
+    def set_prefill_budget(self, tokens: int | None) -> None:
+        self._scheduler.set_prefill_budget(tokens)
 
     def _check_ranks(self) -> None:
         if self._ranks is not None:
@@ -215,12 +229,16 @@ class VllmEngine:
 
     def stats(self) -> WorkerStats:
         pool = self._pool()
+        num_free_blocks = pool.get_num_free_blocks()
         num_running, num_waiting = self._scheduler.get_request_counts()
         return WorkerStats(
             num_running=num_running,
             num_waiting=num_waiting,
-            num_used_blocks=pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
+            num_used_blocks=pool.num_gpu_blocks - 1 - num_free_blocks,
+            num_free_blocks=num_free_blocks,
             num_steps=self._num_steps,
+            busy_s=self._busy_s,
+            **self._scheduler.counts,
             **self._handoff.counters(),
         )
 

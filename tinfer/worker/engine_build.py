@@ -1,4 +1,4 @@
-"""Builds a vLLM engine in this process, with our connector and our logits processor in it."""
+"""Builds a vLLM engine in this process, with our connector, scheduler and logits processor."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tinfer.worker.threads import set_threads
 
 CONNECTOR_MODULE = "tinfer.worker.connector"
 CONNECTOR_CLASS = "TinferConnector"
+SCHEDULER = "tinfer.worker.engine_scheduler.EngineScheduler"
 FORCE_TOKENS = "tinfer.worker.first_token:ForceTokens"
 
 
@@ -68,8 +69,9 @@ def _engine_args(spec: WorkerSpec, wake_path: str, ranks: RanksOf | None) -> Eng
             },
         ),
         "logits_processors": [FORCE_TOKENS],
-        # The connector's bookkeeping and the loop's idea of an idle step follow the step that has
-        # just run; with asynchronous scheduling they would be one step behind.
+        "scheduler_cls": SCHEDULER,
+        # The connector's bookkeeping, the prefill budget and the loop's idea of an idle step follow
+        # the step that has just run; with asynchronous scheduling they would be one step behind.
         "async_scheduling": False,
         "disable_log_stats": True,
         # The API applies the model's generation_config.json; the engine must not do it again.

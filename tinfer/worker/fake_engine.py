@@ -29,7 +29,7 @@ from tinfer.wire.messages import (
     Start,
     WorkerStats,
 )
-from tinfer.worker.adapter import EngineRefusal, Notice
+from tinfer.worker.adapter import EngineRefusal, Notice, Report
 from tinfer.worker.fake_kv import FakeExport, FakeKV, Holdings
 from tinfer.worker.fake_model import (
     DIGEST_BYTES,
@@ -71,8 +71,8 @@ class FakeEngine:
         self._ended: list[LeaseId] = []
         self._aborted: list[str] = []
         self._was_idle = True
-        self._num_computing_steps = 0
         self._num_steps = self._num_prompt_tokens = self._num_recomputed = 0
+        self._busy_s = 0.0
         self._num_pulls = self._num_failed_pulls = self._pulled_bytes = 0
         self._pull_s = 0.0
 
@@ -112,10 +112,12 @@ class FakeEngine:
             num_running=len(scheduler.running),
             num_waiting=scheduler.num_waiting,
             num_used_blocks=self._kv.num_used,
+            num_free_blocks=self._kv.num_blocks - self._kv.num_used,
             num_open_leases=len(self._holdings),
             num_mapped_peers=pulls.num_mapped,
             num_stale_mappings=pulls.num_stale,
             num_steps=self._num_steps,
+            busy_s=self._busy_s,
             num_computed_prompt_tokens=self._num_prompt_tokens,
             num_recomputed_pulled_tokens=self._num_recomputed,
             num_preemptions=scheduler.num_preemptions,
@@ -141,7 +143,7 @@ class FakeEngine:
         if start.source is not None and request.source is None:
             self._pulls.mark_unused(start.source)
         self._requests[start.request_id] = request
-        self._scheduler.waiting.append(request)
+        self._scheduler.add(request)
 
     def _check(self, start: Start) -> None:
         if start.request_id in self._requests:
@@ -199,8 +201,15 @@ class FakeEngine:
     def was_idle_step(self) -> bool:
         return self._was_idle
 
+    def set_prefill_budget(self, tokens: int | None) -> None:
+        assert tokens is None or tokens >= 0, f"a prefill budget of {tokens} tokens"
+        self._scheduler.prefill_budget = tokens
+
+    def take_report(self) -> Report:
+        return self._scheduler.take_report()
+
     def step(self) -> list[Output]:
-        self._num_steps += 1
+        started_s = time.monotonic()
         self._poll_leases()
         scheduled, pulls = self._scheduler.schedule()
         for request, source in pulls:
@@ -219,6 +228,8 @@ class FakeEngine:
         for result in self._pulls.take_results():
             self._pull_ended(result)
         self._was_idle = not (scheduled or self._notices or self._ended)
+        if scheduled:
+            self._busy_s += time.monotonic() - started_s
         return outputs
 
     def take_notices(self) -> list[Notice]:
@@ -247,9 +258,9 @@ class FakeEngine:
 
     def _compute(self, scheduled: Scheduled) -> None:
         """Take the time that the step would take; pulls go on meanwhile."""
-        self._num_computing_steps += 1
-        if self._num_computing_steps == self._settings.die_after_steps:
-            log.warning("die_after_steps: ends in step %d", self._num_computing_steps)
+        self._num_steps += 1
+        if self._num_steps == self._settings.die_after_steps:
+            log.warning("die_after_steps: ends in step %d", self._num_steps)
             os._exit(EXIT_CHAOS)
         cost_s = self._pace.step_s(scheduled.num_prompt_tokens, scheduled.num_decoding)
         if not cost_s:
@@ -268,9 +279,9 @@ class FakeEngine:
         end = request.num_computed + num_tokens
         if request.num_computed < request.prompt_tokens:
             self._scheduler.write_prompt(request, end, request.answer.digests)
-            self._count_prompt(request, end)
-        request.num_computed = end
-        if end < request.num_tokens:
+        self._count_prompt(request, end)
+        self._scheduler.computed(request, end)
+        if request.num_left:
             return None
         answer = request.answer
         token = answer.advance()
@@ -307,10 +318,11 @@ class FakeEngine:
         return finish, source
 
     def _count_prompt(self, request: FakeRequest, end: int) -> None:
-        """Count computed prompt tokens, and of these the ones that a pull should have spared: all
-        that were pulled, but for the prompt's last token, which has to be sampled from."""
+        """Count what is computed of a prompt or after a preemption, and of this what a pull should
+        have spared: all that was pulled, but for the prompt's last token, to be sampled from."""
         start, prompt_tokens = request.num_computed, request.prompt_tokens
-        self._num_prompt_tokens += min(end, prompt_tokens) - start
+        prefill_end = max(prompt_tokens, request.num_tokens - 1)
+        self._num_prompt_tokens += max(0, min(end, prefill_end) - start)
         spared = min(request.num_pulled, prompt_tokens - 1)
         self._num_recomputed += max(0, min(end, spared) - start)
 

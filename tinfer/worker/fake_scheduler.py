@@ -1,8 +1,9 @@
 """The fake engine's scheduler: vLLM's in small.
 
-First come, first served; a token budget per step; prompts in chunks; blocks as they are needed, and
-the newest running request preempted (its tokens are recomputed later) when there are none. A decode
-with a source gets all blocks of its prompt at once and stands aside until they are filled.
+First come, first served; a token budget per step, and within it one for prompts; prompts in chunks;
+blocks as they are needed, and the running request with the least progress preempted (its tokens are
+recomputed later) when there are none. A decode with a source gets all blocks of its prompt at once
+and stands aside until they are filled. Its rules are those of `engine_scheduler`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from tinfer.wire.messages import Source, Start
+from tinfer.worker.adapter import Report
 from tinfer.worker.fake_kv import FakeKV
 from tinfer.worker.fake_model import TOKEN_BYTES, Answer
 from tinfer.worker.fake_settings import FakeLimits
@@ -28,6 +30,7 @@ class FakeRequest:
         "num_computed",
         "num_pulled",
         "num_tokens",
+        "number",
         "prompt_tokens",
         "source",
         "start",
@@ -37,6 +40,7 @@ class FakeRequest:
     def __init__(self, start: Start, answer: Answer, block_tokens: int) -> None:
         self.start = start
         self.answer = answer
+        self.number = 0  # in order of arrival
         self.prompt_tokens = len(start.prompt) // TOKEN_BYTES
         self.num_tokens = self.prompt_tokens  # prompt and answer
         self.num_computed = 0  # of these, how many have their KV here
@@ -49,19 +53,44 @@ class FakeRequest:
         self.is_pulling = False
         self.is_aborted = False
 
+    @property
+    def num_left(self) -> int:
+        """Tokens to compute before the next one can be sampled."""
+        return self.num_tokens - self.num_computed
+
+    @property
+    def needs_one_token(self) -> bool:
+        """Whether it decodes, or has been pulled but for the last token of its prompt."""
+        return self.num_left == 1 and (self.answer.num_tokens > 0 or self.num_pulled > 0)
+
 
 class Scheduled(list[tuple[FakeRequest, int]]):
-    """The requests of one step, each with how many tokens it computes."""
+    """The requests of one step, each with how many tokens it computes.
 
-    num_prompt_tokens = 0
-    num_decoding = 0
+    `num_prompt_tokens` are those under the prefill budget, `prompt_tokens_left` what it has left.
+    """
+
+    def __init__(self, tokens: int, prompt_tokens: int) -> None:
+        super().__init__()
+        self.tokens_left = tokens
+        self.prompt_tokens_left = prompt_tokens
+        self.num_prompt_tokens = 0
+        self.num_decoding = 0
+
+    def share(self, request: FakeRequest) -> int:
+        """How many tokens a request can still get."""
+        if request.needs_one_token:
+            return min(1, self.tokens_left)
+        return min(request.num_left, self.tokens_left, self.prompt_tokens_left)
 
     def put(self, request: FakeRequest, num_tokens: int) -> None:
         self.append((request, num_tokens))
-        if request.num_computed >= request.prompt_tokens:
+        self.tokens_left -= num_tokens
+        if request.needs_one_token:
             self.num_decoding += 1
         else:
             self.num_prompt_tokens += num_tokens
+            self.prompt_tokens_left -= num_tokens
 
 
 class FakeScheduler:
@@ -78,6 +107,11 @@ class FakeScheduler:
         self.ready: deque[FakeRequest] = deque()
         self.num_pulling = 0
         self.num_preemptions = 0
+        # Prompt tokens per step; None: as many as fit.
+        self.prefill_budget: int | None = None
+        self._num_added = 0
+        self._progress: list[tuple[str, int]] = []
+        self._preempted: list[str] = []
 
     @property
     def num_waiting(self) -> int:
@@ -86,35 +120,64 @@ class FakeScheduler:
     def has_requests(self) -> bool:
         return bool(self.running or self.num_waiting)
 
+    def add(self, request: FakeRequest) -> None:
+        """A request that has just come."""
+        self._num_added += 1
+        request.number = self._num_added
+        self.waiting.append(request)
+
+    def take_report(self) -> Report:
+        """What happened since the last call that no output tells."""
+        report = Report(self._progress, self._preempted)
+        self._progress, self._preempted = [], []
+        return report
+
     def schedule(self) -> tuple[Scheduled, list[tuple[FakeRequest, Source]]]:
         """The next step's requests, and those whose pull is to start."""
-        step = Scheduled()
+        # The last one is the victim: the least of the answer, then the youngest.
+        self.running.sort(key=lambda request: (-request.answer.num_tokens, request.number))
+        step = Scheduled(self._limits.max_num_batched_tokens, self._prefill_room_tokens())
         num_before = self.num_preemptions
-        budget = self._schedule_running(step)
+        self._schedule_running(step)
         if self.num_preemptions != num_before:
             return step, []
-        budget, _ = self._admit(self.ready, step, budget)
-        return step, self._admit(self.waiting, step, budget)[1]
+        self._admit(self.ready, step)
+        return step, self._admit(self.waiting, step)
 
-    def _schedule_running(self, step: Scheduled) -> int:
-        budget = self._limits.max_num_batched_tokens
+    def computed(self, request: FakeRequest, end: int) -> None:
+        """A step has computed the tokens of a request up to `end`."""
+        request.num_computed = end
+        if request.num_left:
+            computed_tokens = min(end, request.prompt_tokens)
+            self._progress.append((request.start.request_id, computed_tokens))
+
+    def _prefill_room_tokens(self) -> int:
+        """The budget, as far as a step has room for it beside what must not wait: one token for
+        each sequence that decodes or has been pulled, and one so that pulls come to start."""
+        owed = sum(request.needs_one_token for request in self.running) + len(self.ready)
+        starting = any(request.source is not None for request in self.waiting)
+        room = max(0, self._limits.max_num_batched_tokens - owed - starting)
+        return room if self.prefill_budget is None else min(room, self.prefill_budget)
+
+    def _schedule_running(self, step: Scheduled) -> None:
         index = 0
-        while index < len(self.running) and budget:
+        while index < len(self.running) and step.tokens_left:
             request = self.running[index]
-            num_tokens = min(request.num_tokens - request.num_computed, budget)
-            if not self._grow_or_preempt(request, num_tokens):
-                break
-            step.put(request, num_tokens)
-            budget -= num_tokens
+            num_tokens = step.share(request)
+            if num_tokens:
+                if not self._grow_or_preempt(request, num_tokens):
+                    break
+                step.put(request, num_tokens)
             index += 1
-        return budget
 
     def _admit(
-        self, queue: deque[FakeRequest], step: Scheduled, budget: int
-    ) -> tuple[int, list[tuple[FakeRequest, Source]]]:
-        """Take requests from the head of a queue until one does not fit."""
-        pulls = []
-        while queue and budget and len(self.running) < self._limits.max_num_seqs:
+        self, queue: deque[FakeRequest], step: Scheduled
+    ) -> list[tuple[FakeRequest, Source]]:
+        """Take requests from the head of a queue until one does not fit; returns those whose pull
+        is to start. A prompt that no budget is left for lets the others pass."""
+        pulls: list[tuple[FakeRequest, Source]] = []
+        passed: list[FakeRequest] = []
+        while queue and step.tokens_left and len(self.running) < self._limits.max_num_seqs:
             request = queue[0]
             if request.source is not None:
                 if not self._grow(request, request.num_pulled):
@@ -124,13 +187,16 @@ class FakeScheduler:
                 request.is_pulling = True
                 self.num_pulling += 1
                 continue
-            num_tokens = min(request.num_tokens - request.num_computed, budget)
+            num_tokens = step.share(request)
+            if not num_tokens:
+                passed.append(queue.popleft())
+                continue
             if not self._grow(request, request.num_computed + num_tokens):
                 break
             self.running.append(queue.popleft())
             step.put(request, num_tokens)
-            budget -= num_tokens
-        return budget, pulls
+        queue.extendleft(reversed(passed))
+        return pulls
 
     def pull_ended(self, request: FakeRequest, num_computed: int) -> None:
         """A pull is over, and the KV of `num_computed` prompt tokens is here."""
@@ -191,6 +257,7 @@ class FakeScheduler:
         self._give_up_blocks(request)
         request.num_computed = 0
         self.num_preemptions += 1
+        self._preempted.append(request.start.request_id)
         self.waiting.appendleft(request)
 
     def _give_up_blocks(self, request: FakeRequest) -> None:

@@ -34,7 +34,6 @@ from tinfer.worker.kv.source import DEFAULT_STAGING_SLOTS, SourceBlocks, block_s
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
-    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
@@ -86,24 +85,13 @@ class SchedulerSide:
         self._next = HandoffMetadata()
         self._notices: list[Notice] = []
         self._ended: list[LeaseId] = []
+        self._ending: list[LeaseRef] = []
         self._closing: list[LeaseRef] = []
         self._summary = Summary(0, "", "")
         self._exports: dict[int, bytes] = {}
         self._mapped: dict[int, tuple[int, int]] = {}
-        self.num_scheduled_tokens = 0
-        self._counts = dict.fromkeys(
-            (
-                "num_computed_prompt_tokens",
-                "num_recomputed_pulled_tokens",
-                "num_preemptions",
-                "num_pulls",
-                "num_failed_pulls",
-                "pulled_bytes",
-            ),
-            0,
-        )
+        self._counts = dict.fromkeys(("num_pulls", "num_failed_pulls", "pulled_bytes"), 0)
         self._pull_s = 0.0
-        self._prompt_left: dict[str, _Prompt] = {}
 
     # --- what the engine adapter asks -----------------------------------------------------------
 
@@ -156,9 +144,10 @@ class SchedulerSide:
         if ref in self._held:
             self._leases.extend(ref, time.monotonic() + extra_s)
 
-    @property
-    def num_open_leases(self) -> int:
-        return len(self._held)
+    def has_ending_leases(self) -> bool:
+        """Whether this very step gives blocks back, so that none need be taken from a request."""
+        self._poll_leases()
+        return bool(self._ending)
 
     def has_queued_work(self) -> bool:
         """Whether the next step has orders for the worker side, so that it must run."""
@@ -209,8 +198,8 @@ class SchedulerSide:
             self.mark_unused(source)
             offered_any = source.num_tokens > 0
             reason = "" if offered_any else "the staging pool was full; the prompt is computed here"
-            external_id = _external_id(request.request_id)
-            self._notices.append(PullDone(external_id, offered_any, reason, 0, 0.0, 0.0))
+            whose = external_id(request.request_id)
+            self._notices.append(PullDone(whose, offered_any, reason, 0, 0.0, 0.0))
             return
         offered = msgspec.msgpack.decode(source.blocks, type=SourceBlocks)
         targets = self._kv_cache_config.select_transfer_block_ids(
@@ -228,22 +217,16 @@ class SchedulerSide:
             )
         )
         self._pulling[request.request_id] = _Pulling(
-            _external_id(request.request_id), time.monotonic(), RankResults(self._num_ranks)
+            external_id(request.request_id), time.monotonic(), RankResults(self._num_ranks)
         )
 
-    def build_metadata(self, scheduled: SchedulerOutput) -> HandoffMetadata:
+    def build_metadata(self) -> HandoffMetadata:
         """This step's orders; ended leases go through the step, so that their blocks are freed
         only after the row has been invalidated in `step_done`."""
-        self._count_scheduled(scheduled)
+        self._poll_leases()
         metadata, self._next = self._next, HandoffMetadata()
-        if self._held:
-            ended, overdue = self._leases.poll()
-            metadata.ended = [self._held[ref].request_id for ref in ended]
-            self._closing = ended
-            if overdue:
-                self._notices.append(LeasesOverdue([_lease_id(ref) for ref in overdue]))
-        else:
-            self._closing = []
+        metadata.ended = [self._held[ref].request_id for ref in self._ending]
+        self._closing, self._ending = self._ending, []
         return metadata
 
     def step_done(self, output: KVConnectorOutput) -> None:
@@ -266,7 +249,6 @@ class SchedulerSide:
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """Hold a finished prefill's blocks; let go of a source that was never read."""
-        self._prompt_left.pop(request.request_id, None)
         params = request.kv_transfer_params
         if not params:
             return False, None
@@ -282,6 +264,14 @@ class SchedulerSide:
         return (False, None) if source is None else (True, {"held": source})
 
     # --- inside -----------------------------------------------------------------------------------
+
+    def _poll_leases(self) -> None:
+        if not self._held:
+            return
+        ended, overdue = self._leases.poll()
+        self._ending += ended
+        if overdue:
+            self._notices.append(LeasesOverdue([_lease_id(ref) for ref in overdue]))
 
     def _hold(self, request: Request, block_ids: tuple[list[int], ...]) -> Source | None:
         num_tokens = request.num_prompt_tokens
@@ -334,42 +324,8 @@ class SchedulerSide:
             )
         )
 
-    def _count_scheduled(self, scheduled: SchedulerOutput) -> None:
-        """Count prompt tokens that this engine computes itself, and of these the ones that a pull
-        should have spared (all but the last token of a pulled prompt)."""
-        self.num_scheduled_tokens = scheduled.total_num_scheduled_tokens
-        self._counts["num_preemptions"] += len(scheduled.preempted_req_ids or ())
-        for new in scheduled.scheduled_new_reqs:
-            prompt_tokens = len(new.prompt_token_ids or ())
-            extra = (new.sampling_params and new.sampling_params.extra_args) or {}
-            pulled = "source" in (extra.get("kv_transfer_params") or {})
-            self._prompt_left[new.req_id] = _Prompt(prompt_tokens, pulled)
-            self._count_prompt(new.req_id, new.num_computed_tokens, scheduled)
-        cached = scheduled.scheduled_cached_reqs
-        for req_id, num_computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
-            if req_id in self._prompt_left:
-                self._count_prompt(req_id, num_computed, scheduled)
-
-    def _count_prompt(self, req_id: str, num_computed: int, scheduled: SchedulerOutput) -> None:
-        prompt = self._prompt_left[req_id]
-        num_scheduled = scheduled.num_scheduled_tokens[req_id]
-        end = min(num_computed + num_scheduled, prompt.num_tokens)
-        num_prompt = max(0, end - num_computed)
-        self._counts["num_computed_prompt_tokens"] += num_prompt
-        if prompt.pulled:
-            below_last = max(0, min(end, prompt.num_tokens - 1) - num_computed)
-            self._counts["num_recomputed_pulled_tokens"] += below_last
-        if end >= prompt.num_tokens:
-            del self._prompt_left[req_id]
-
     def close(self) -> None:
         self._leases.close()
-
-
-@dataclass
-class _Prompt:
-    num_tokens: int
-    pulled: bool
 
 
 class PublishedExport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -388,6 +344,6 @@ def _lease_id(ref: LeaseRef) -> LeaseId:
     return LeaseId(ref.slot, ref.generation)
 
 
-def _external_id(request_id: str) -> str:
+def external_id(request_id: str) -> str:
     """vLLM appends a random suffix to the id that it was given."""
     return request_id.rpartition("-")[0]

@@ -23,6 +23,7 @@ from tinfer.wire.messages import (
     PeerUp,
     Refused,
     ReleaseLease,
+    SetBudget,
     Start,
     Step,
     Stop,
@@ -88,6 +89,8 @@ class WorkerLoop:
                 self._start(message)
             case Abort(request_ids):
                 self._engine.abort(request_ids)
+            case SetBudget(prefill_tokens):
+                self._engine.set_prefill_budget(prefill_tokens)
             case ReleaseLease(lease):
                 self._engine.release_lease(lease)
             case ExtendLease(lease, extra_s):
@@ -113,8 +116,9 @@ class WorkerLoop:
         busy = self._engine.has_requests()
         if busy and not self._stopping:
             outputs = self._engine.step()
-            if outputs:
-                self._send(Step(outputs, self._engine.stats()))
+            progress, preempted = self._engine.take_report()
+            if outputs or progress or preempted:
+                self._send(Step(outputs, self._engine.stats(), progress, preempted))
         for notice in self._engine.take_notices():
             self._send(notice)
         busy = busy and self._engine.has_requests()

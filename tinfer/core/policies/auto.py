@@ -22,18 +22,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from tinfer.core.demand import Demand
 from tinfer.core.fleet import Fleet
 from tinfer.core.policies.decode import crowding
 from tinfer.core.policies.interfaces import DecodeAdmission, Placement
-from tinfer.core.policies.prefill import finish_s
 from tinfer.core.requests import Request
-from tinfer.core.types import Route
+from tinfer.core.types import Role, Route
 from tinfer.core.worker import Worker
 
 # How much of its bound a request's delay uses up; the loose service level of our own comparisons
 # has TTFT within 5 and TPOT within 4 times what a request takes alone.
 TTFT_WEIGHT = 1.0 / 5.0
 TPOT_WEIGHT = 1.0 / 4.0
+FULL_SHARE = 0.85
 
 
 class Way(NamedTuple):
@@ -50,15 +51,16 @@ class AutoPlacer:
 
     num_tried = 8
 
-    def __init__(self, admission: DecodeAdmission) -> None:
+    def __init__(self, admission: DecodeAdmission, demand: Demand) -> None:
         self._admission = admission
+        self._demand = demand
 
     def place(
         self, request: Request, fleet: Fleet, ahead_tokens: int, now_s: float
     ) -> Placement | None:
         ways = self._ways(request, fleet, ahead_tokens, now_s)
         best = min(ways, key=_rank, default=None)
-        if best is None or not best.worker.takes_prefill:
+        if best is None or not best.worker.takes(request):
             return None
         return Placement(best.route, best.worker)
 
@@ -66,8 +68,9 @@ class AutoPlacer:
         self, request: Request, fleet: Fleet, ahead_tokens: int, now_s: float
     ) -> Iterator[Way]:
         ends_at_once = request.max_output_tokens == 1
+        shares = self._prefill_shares(fleet, now_s)
         decode_costs = {
-            worker.id: 0.0 if ends_at_once else decode_cost(request, worker, now_s)
+            worker.id: 0.0 if ends_at_once else decode_cost(request, worker, shares[worker.id])
             for worker in fleet.workers
         }
         for worker in fleet.open_to_whole():
@@ -85,6 +88,20 @@ class AutoPlacer:
             moved = TPOT_WEIGHT * moving_s / _answer_alone_s(request, reader)
             yield Way(start + moved + decode_costs[reader.id], Route.SPLIT, source, reader)
 
+    def _prefill_shares(self, fleet: Fleet, now_s: float) -> dict[str, float]:
+        """Of each worker's time, what prompts will take if they gather on prefill workers.
+
+        What those cannot take, at `FULL_SHARE` of their time, the others share.
+        """
+        _, prompt_rate, _ = self._demand.rates(now_s)
+        takers = [one for one in fleet.workers if one.role is Role.PREFILL] or fleet.workers
+        others = [one for one in fleet.workers if one not in takers]
+        wanted = sum(one.costs.prefill_token_s * one.slowness for one in takers) / len(takers)
+        wanted *= prompt_rate
+        taken = min(FULL_SHARE, wanted / len(takers))
+        left = min(FULL_SHARE, max(0.0, wanted - taken * len(takers)) / max(1, len(others)))
+        return {one.id: taken if one in takers else left for one in fleet.workers}
+
 
 def _rank(way: Way) -> tuple[float, bool, str, str]:
     return (way.cost, way.route is Route.SPLIT, way.worker.id, way.reader.id)
@@ -92,21 +109,28 @@ def _rank(way: Way) -> tuple[float, bool, str, str]:
 
 def prefill_cost(request: Request, worker: Worker, ahead_tokens: int, num_taking: int) -> float:
     """Of computing the prompt there, behind its share of what waits ahead."""
-    alone_s = worker.costs.prefill_s(request.prompt_tokens, worker.capacity.chunk_tokens)
-    own_s = finish_s(request, worker, ahead_tokens // max(1, num_taking))
-    stalled_s = worker.costs.prefill_token_s * worker.uncached_tokens(request) * worker.slowness
+    chunk_tokens = worker.capacity.chunk_tokens
+    alone_s = worker.costs.prefill_s(request.prompt_tokens, chunk_tokens)
+    num_new = worker.uncached_tokens(request)
+    before_tokens = worker.ahead_tokens(num_new) + ahead_tokens // max(1, num_taking)
+    own_s = worker.prefill_s(num_new + before_tokens)
+    longer = worker.num_longer(num_new)
+    if longer:  # the step under way ends first
+        own_s += worker.prefill_s(worker.step_prefill_tokens) / 2.0
+    taken_s = worker.costs.prefill_token_s * num_new * worker.slowness
     # One token of an answer of L tokens, late by a second, makes each of them late by 1 / L.
-    stalled = stalled_s * worker.sum_inverse_lengths / worker.costs.decode_step_s(1, 0)
-    return TTFT_WEIGHT * own_s / alone_s + TPOT_WEIGHT * stalled
+    stalled = taken_s * worker.sum_inverse_lengths / worker.costs.decode_step_s(1, 0)
+    delayed = longer * taken_s / worker.costs.prefill_s(2 * num_new, chunk_tokens)
+    return TTFT_WEIGHT * (own_s / alone_s + delayed) + TPOT_WEIGHT * stalled
 
 
-def decode_cost(request: Request, worker: Worker, now_s: float) -> float:
+def decode_cost(request: Request, worker: Worker, prefill_share: float) -> float:
     """Of generating the answer there."""
     alone_s = worker.costs.decode_step_s(1, request.prompt_tokens)
     before_s = worker.decode_step_s()
     after_s = worker.decode_step_s(1, request.prompt_tokens)
     # A share u of the time goes to prefills: a step that takes s takes s / (1 - u) with them.
-    interrupted = 1.0 / (1.0 - min(0.9, worker.prefill_share(now_s)))
+    interrupted = 1.0 / (1.0 - prefill_share)
     mine = after_s * worker.slowness * interrupted / alone_s
     together = min(1.0, request.lengths.mean_remaining() * worker.mean_inverse_length)
     theirs = worker.num_decoding * together * (after_s - before_s) * worker.slowness / alone_s

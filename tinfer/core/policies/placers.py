@@ -20,7 +20,7 @@ class SplitPlacer:
     def place(
         self, request: Request, fleet: Fleet, ahead_tokens: int, now_s: float
     ) -> Placement | None:
-        if not fleet.split_sources or request.max_output_tokens == 1:
+        if not fleet.split_sources:
             return self._otherwise.place(request, fleet, ahead_tokens, now_s)
         candidates = [worker for worker in fleet.split_sources if worker.takes_prefill]
         worker = self._choice.choose(request, candidates, now_s) if candidates else None

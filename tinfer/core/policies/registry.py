@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+from tinfer.core.demand import Demand
 from tinfer.core.fleet import Fleet
 from tinfer.core.policies.admission import Greedy, Peak, ReserveDynamic, ReserveStatic
 from tinfer.core.policies.auto import AutoPlacer
@@ -81,7 +82,7 @@ class Policies:
     settles_early: bool
 
 
-def build_policies(config: SchedulerConfig, fleet: Fleet) -> Policies:
+def build_policies(config: SchedulerConfig, fleet: Fleet, demand: Demand) -> Policies:
     """The policies that the config names. Raises `UnknownPolicy`."""
 
     def found(table: Mapping[str, T], option: str) -> T:
@@ -98,7 +99,7 @@ def build_policies(config: SchedulerConfig, fleet: Fleet) -> Policies:
     return Policies(
         wish=found(ROUTES, "route"),
         queues={wish: order(config, fleet) for wish in wishes},
-        placers={Route.SPLIT: split, Route.WHOLE: whole, None: AutoPlacer(admission)},
+        placers={Route.SPLIT: split, Route.WHOLE: whole, None: AutoPlacer(admission, demand)},
         decode_choice=found(DECODE_CHOICES, "decode_choice")(config),
         decode_admission=admission,
         budget=found(BUDGETS, "prefill_budget")(config),

@@ -1,0 +1,157 @@
+"""vLLM's scheduler with a prefill budget, a victim by progress, and a report of what it did.
+
+Stage two of two-level scheduling: the master decides which requests come here and how many prompt
+tokens a step may compute, this class keeps to it from step to step. It leaves vLLM's algorithm
+alone and answers three of its questions differently: how many tokens a request gets
+(`_reserve_prefill_lookahead`), whether a waiting request may be looked at
+(`_handle_blocked_waiting_request`), and, by the order of `running`, who runs last, which with
+vLLM's first-come policy is the victim of a preemption.
+
+Invariant: a step computes at most `budget` tokens of prompts and of what preempted requests have to
+compute again; a token of a sequence that decodes, or that ends a pull, is never one of them and
+never waits for one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
+
+from tinfer.worker.adapter import Report
+from tinfer.worker.handoff_scheduler import external_id
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+
+class EngineScheduler(Scheduler):
+    """Set as vLLM's `scheduler_cls`, for synchronous scheduling; used by the engine's thread."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._budget_tokens: int | None = None
+        self._prefill_left_tokens = 0
+        self._progress: list[tuple[str, int]] = []
+        self._preempted: list[str] = []
+        # Of the last step; for the caller to reset, since an engine without requests runs none.
+        self.num_scheduled_tokens = 0
+        self.counts = dict.fromkeys(
+            ("num_computed_prompt_tokens", "num_recomputed_pulled_tokens", "num_preemptions"), 0
+        )
+
+    def set_prefill_budget(self, tokens: int | None) -> None:
+        """Prompt tokens per step, 0 for none, from the next step on; None: as many as fit."""
+        assert tokens is None or tokens >= 0, f"a prefill budget of {tokens} tokens"
+        self._budget_tokens = tokens
+
+    def take_report(self) -> Report:
+        """What happened since the last call that no output tells."""
+        report = Report(self._progress, self._preempted)
+        self._progress, self._preempted = [], []
+        return report
+
+    # --- vLLM's hooks -------------------------------------------------------------------------
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """The next step, as vLLM would have it, within the budget."""
+        self.running.sort(key=_most_progressed_first)
+        self._prefill_left_tokens = self._prefill_room_tokens()
+        scheduled = super().schedule(throttle_prefills)
+        self._count(scheduled)
+        return scheduled
+
+    def _reserve_prefill_lookahead(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        """How many tokens the request really gets. vLLM asks this of each request that it wants to
+        put into a step, running or waiting, and passes over a running one that gets none."""
+        num_tokens = super()._reserve_prefill_lookahead(
+            request, num_computed_tokens, num_new_tokens
+        )
+        if _needs_one_token(request, num_computed_tokens):
+            return num_tokens
+        num_tokens = min(num_tokens, self._prefill_left_tokens)
+        self._prefill_left_tokens -= num_tokens
+        return num_tokens
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        """Whether a waiting request may be looked at in this step; the next one is if not.
+
+        Without this a prompt that gets no tokens would end the search, and a pull behind it would
+        wait for the budget. A prompt that lacks blocks does end it: blocks go by order of arrival.
+        """
+        if not super()._handle_blocked_waiting_request(request):
+            return False
+        return (
+            self._prefill_left_tokens > 0
+            or _starts_pull(request)
+            or _needs_one_token(request, request.num_computed_tokens)
+        )
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        super()._preempt_request(request, *args, **kwargs)
+        self.counts["num_preemptions"] += 1
+        self._preempted.append(external_id(request.request_id))
+
+    # --- inside -------------------------------------------------------------------------------
+
+    def _prefill_room_tokens(self) -> int:
+        """The budget, as far as a step has room for it beside what must not wait: one token for
+        each sequence that decodes or has been pulled, and one so that vLLM, which stops at the end
+        of its tokens, comes to the pulls that are to start."""
+        running = sum(_needs_one_token(r, r.num_computed_tokens) for r in self.running)
+        pulled = sum(self._is_pulled(request) for request in self.kv_holding_waiting)
+        starting = any(_starts_pull(request) for request in self.waiting)
+        room = max(0, self.max_num_scheduled_tokens - running - pulled - starting)
+        return room if self._budget_tokens is None else min(room, self._budget_tokens)
+
+    def _is_pulled(self, request: Request) -> bool:
+        return (
+            request.status is not RequestStatus.WAITING_FOR_REMOTE_KVS
+            or request.request_id in self.finished_recving_kv_req_ids
+        )
+
+    def _count(self, scheduled: SchedulerOutput) -> None:
+        """Count what a step computes of prompts, and of this what a pull should have spared: all
+        but the last token. What is computed again after a preemption counts like a prompt."""
+        self.num_scheduled_tokens = scheduled.total_num_scheduled_tokens
+        for request_id, num_tokens in scheduled.num_scheduled_tokens.items():
+            request = self.requests[request_id]
+            end = request.num_computed_tokens  # as of after the step
+            start = end - num_tokens
+            prefill_end = max(request.num_prompt_tokens, request.num_tokens - 1)
+            if start >= prefill_end:
+                continue
+            self.counts["num_computed_prompt_tokens"] += min(end, prefill_end) - start
+            if _has_source(request) and not request.num_preemptions:
+                num_spared = min(end, request.num_prompt_tokens - 1) - start
+                self.counts["num_recomputed_pulled_tokens"] += max(0, num_spared)
+            if request.is_prefill_chunk:
+                computed_tokens = min(end, request.num_prompt_tokens)
+                self._progress.append((external_id(request_id), computed_tokens))
+
+
+def _most_progressed_first(request: Request) -> tuple[int, float]:
+    """By tokens of the answer, then by age: prompts come last, in order of their arrival."""
+    return -request.num_output_tokens, request.arrival_time
+
+
+def _needs_one_token(request: Request, num_computed_tokens: int) -> bool:
+    """Whether it decodes, or has been pulled but for the last token of its prompt."""
+    return request.num_tokens - num_computed_tokens == 1 and (
+        request.num_output_tokens > 0 or _has_source(request)
+    )
+
+
+def _starts_pull(request: Request) -> bool:
+    """Whether it waits for blocks to pull into, which costs a step nothing."""
+    params = request.kv_transfer_params
+    # A source without tokens could not be staged by its owner: that prompt is computed here.
+    return bool(params and params.get("do_remote_prefill") and params["source"].num_tokens)
+
+
+def _has_source(request: Request) -> bool:
+    return "source" in (request.kv_transfer_params or ())
