@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from tinfer.core.costs import CostModel
 from tinfer.core.lengths import NUM_BUCKET_POINTS, Lengths, bucket, certain
+from tinfer.core.outlook import BIN_STEPS, NUM_BINS, NUM_ENDS, KvOutlook
 from tinfer.core.prefixes import PrefixIndex
-from tinfer.core.projection import NUM_ENDS, NUM_MOMENTS, Projection, Resident
 
 # --- lengths ---------------------------------------------------------------------------------
 
@@ -72,80 +72,113 @@ def test_a_step_adds_up() -> None:
     assert costs.decode_step_s(10, 100) == 541
 
 
-# --- projection ------------------------------------------------------------------------------
+# --- outlook ---------------------------------------------------------------------------------
+
+Given = list[tuple[int, tuple[float, ...]]]
 
 
-def brute_mean(residents: list[Resident], after: float) -> float:
+def outlook_of(residents: Given, now: int = 0) -> KvOutlook:
+    outlook = KvOutlook()
+    outlook.advance(now)
+    for place, (tokens, remaining) in enumerate(residents):
+        outlook.add(str(place), tokens, remaining)
+    return outlook
+
+
+def mean_at(residents: Given, after: float) -> float:
     return sum(
-        (one.held_tokens + after) * sum(end > after for end in one.remaining) / len(one.remaining)
-        for one in residents
+        (tokens + after) * sum(end > after for end in remaining) / len(remaining)
+        for tokens, remaining in residents
     )
 
 
 def test_two_that_end_one_after_the_other() -> None:
-    residents = [Resident(100, (10.0,)), Resident(50, (30.0,))]
-    # At 9: 109 + 59; at 29: 79.
-    assert Projection(residents).peak_tokens() == 168
-    assert Projection(residents).peak_tokens(after_steps=10) == 79
-    assert Projection([]).peak_tokens(3.0) == 0
+    outlook = outlook_of([(1000, (100.0,)), (500, (300.0,))])
+    # Right before 100 they have 1100 + 600; kept is step 128, for which both still count.
+    assert outlook.peak(0.0) == (1128 + 628, 1128 + 628)
+    assert outlook.tokens_now == 1500
+    outlook.remove("0")
+    assert outlook.peak(0.0).expected == 500 + 320
+    outlook.remove("1")
+    outlook.remove("1")
+    assert outlook.peak(3.0) == (0, 0)
 
 
-def test_one_more_counts_at_its_own_end_too() -> None:
-    projection = Projection([Resident(100, (10.0,))])
-    # At its own end the other is counted as at the end after it, which is more.
-    assert projection.peak_with(Resident(10, (5.0,))) == 109 + 14
-    assert projection.peak_with(Resident(10, (50.0,))) == 109 + 19
-    assert projection.peak_with(Resident(200, (500.0,))) == 699
-    assert Projection([]).peak_with(Resident(7, (3.0,))) == 9
+def test_who_outlives_an_end_is_likelier_to_be_long() -> None:
+    outlook = outlook_of([(100, (10.0, 1000.0))])
+    before = outlook.peak(0.0).expected
+    outlook.advance(10)
+    assert outlook.peak(0.0).expected == pytest.approx(2 * before, rel=0.05)
+    outlook.advance(1000)  # and one that outlives all goes on by a tenth
+    assert outlook.tokens_now == 1100
+    assert 1200 <= outlook.peak(0.0).expected <= 1100 + 110 + 2 * BIN_STEPS
 
 
-ONE = st.builds(
-    lambda held, ends: Resident(held, tuple(sorted(float(end) for end in ends))),
+RESIDENT = st.tuples(
     st.integers(1, 3000),
-    st.lists(st.integers(1, 800), min_size=1, max_size=NUM_ENDS),
+    st.lists(st.integers(1, 6000), min_size=1, max_size=NUM_ENDS).map(
+        lambda ends: tuple(sorted(float(end) for end in ends))
+    ),
 )
 
 
-@given(st.lists(ONE, min_size=1, max_size=5))
-def test_the_expected_peak_is_that_of_every_step(residents: list[Resident]) -> None:
-    expected = max(brute_mean(residents, float(after)) for after in range(801))
-    assert Projection(residents).peak_tokens() == pytest.approx(expected)
-
-
-@given(st.lists(ONE, max_size=5), ONE, st.sampled_from([0.0, 1.64]))
+@given(st.lists(RESIDENT, max_size=5), RESIDENT, st.sampled_from([0.0, 1.64]), st.integers(0, 300))
 def test_one_more_is_as_if_it_had_been_there(
-    residents: list[Resident], more: Resident, z: float
+    residents: Given, more: tuple[int, tuple[float, ...]], z: float, now: int
 ) -> None:
-    together = Projection([*residents, more]).peak_tokens(z)
-    apart = Projection(residents).peak_with(more, z)
-    # Between two ends the next one stands for all before it: never less, and little more.
-    assert apart >= together * (1 - 1e-9)
-    if z == 0.0:
-        assert apart <= together + 800 * (1 + len(residents))
+    apart = outlook_of(residents, now).peak_with(*more, z)
+    together = outlook_of([*residents, more], now).peak(z)
+    assert apart == pytest.approx(together)
+
+
+@given(st.lists(RESIDENT, min_size=1, max_size=5), st.integers(0, 300))
+def test_the_expected_peak_is_never_less_than_that_of_any_step(residents: Given, now: int) -> None:
+    in_sight = BIN_STEPS * (NUM_BINS - 1)
+    expected = max(mean_at(residents, float(after)) for after in range(in_sight))
+    found = outlook_of(residents, now).peak(0.0).expected
+    # A bin counts as there who ends within it, and has all of them grow to its end.
+    assert expected - 1e-6 <= found
+    slack = sum(BIN_STEPS + (tokens + 6000) / len(ends) for tokens, ends in residents)
+    assert found <= expected + slack
+
+
+@given(
+    st.lists(RESIDENT, min_size=1, max_size=6),
+    st.lists(st.tuples(st.integers(1, 200), st.integers(0, 9)), max_size=30),
+)
+def test_coming_and_going_leaves_what_a_fresh_look_would_find(
+    residents: Given, moves: list[tuple[int, int]]
+) -> None:
+    outlook = outlook_of(residents)
+    there = {str(place): (0, one) for place, one in enumerate(residents)}
+    now = 0
+    for steps, who in moves:
+        now += steps
+        outlook.advance(now)
+        outlook.remove(str(who))
+        there.pop(str(who), None)
+    fresh = KvOutlook()
+    fresh.advance(now)
+    for name, (_, (tokens, ends)) in there.items():
+        left = tuple(end - now for end in ends if end > now)
+        if not left:
+            return  # how much longer is a guess that was made when it outlived its last end
+        fresh.add(name, tokens + now, left)
+    assert outlook.peak(1.64) == pytest.approx(fresh.peak(1.64), rel=1e-6, abs=1e-3)
+    assert outlook.tokens_now == fresh.tokens_now
 
 
 def test_the_bound_holds_as_often_as_it_says() -> None:
     rng = random.Random(1)
     ends = (20.0, 100.0, 300.0, 700.0)
-    residents = [Resident(rng.randrange(50, 500), ends) for _ in range(40)]
-    bound = Projection(residents).peak_tokens(1.64)
+    residents: Given = [(rng.randrange(50, 500), ends) for _ in range(40)]
+    bound = outlook_of(residents).peak(1.64).rare
     num_over = 0
     for _ in range(400):
-        drawn = [(one.held_tokens, rng.choice(ends)) for one in residents]
+        drawn = [(tokens, rng.choice(ends)) for tokens, _ in residents]
         use = [sum(h + c for h, e in drawn if e > c) for c in (19, 99, 299, 699)]
         num_over += max(use) > bound
     assert num_over <= 0.1 * 400
-
-
-def test_many_residents_are_thinned_without_losing_the_peak() -> None:
-    rng = random.Random(2)
-    residents = [
-        Resident(rng.randrange(9, 900), (float(rng.randrange(1, 900)),)) for _ in range(300)
-    ]
-    projection = Projection(residents)
-    assert len(projection.moments) <= NUM_MOMENTS + 1
-    expected = max(brute_mean(residents, float(after)) for after in range(900))
-    assert projection.peak_tokens() == pytest.approx(expected)
 
 
 # --- prefixes --------------------------------------------------------------------------------

@@ -214,7 +214,7 @@ def test_placing_and_removing_a_request_leaves_nothing_behind() -> None:
     seen = w.snapshot()
     assert (seen.outstanding_prefill_tokens, seen.num_seqs, seen.num_projected_blocks) == (32, 1, 3)
     w.prefill_done(r)
-    assert (w.outstanding_prefill_tokens, w.num_prefilling, w.num_seqs) == (0, 0, 1)
+    assert (w.outstanding_prefill_tokens, len(w.prefilling), w.num_seqs) == (0, 0, 1)
     w.remove(r)
     assert w.snapshot() == worker().snapshot()
 

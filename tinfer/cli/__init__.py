@@ -12,6 +12,8 @@ _COMMANDS = {
     "chat": "Chat in the terminal with a server, or with one started for it.",
     "bench": "Measure a running server, and draw what was measured.",
     "doctor": "Check this box, and say what to do about what it lacks.",
+    "simulate": "Simulate tinfer on a box that need not be there, and what it is compared with.",
+    "plan": "Find the workers and options that carry the most load within an SLO.",
 }
 
 

@@ -29,7 +29,7 @@ class Demand:
         self._fade(now_s)
         self._num_requests += 1.0
         self._prompt_tokens += uncached_tokens
-        self._output_tokens += request.lengths.mean_remaining()
+        self._output_tokens += request.expected_tokens
 
     def rates(self, now_s: float) -> tuple[float, float, float]:
         """Requests, prompt tokens and output tokens per second; 0 before anything arrived."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from tinfer.core.fleet import Fleet
-from tinfer.core.policies.admission import newcomer_at
 from tinfer.core.requests import Request
 from tinfer.core.types import WaitingSnapshot
 from tinfer.core.worker import Worker
@@ -59,8 +58,7 @@ def why_not_admitted(request: Request, worker: Worker) -> str:
     needed_tokens = request.prompt_tokens + 1
     if needed_tokens > worker.free_tokens:
         return f"{worker.id} has room for {worker.free_tokens} of {needed_tokens} tokens"
-    peak_tokens = worker.fresh_projection().peak_with(newcomer_at(request, worker))
-    share = peak_tokens / max(1, worker.capacity_tokens)
+    share = worker.peak_with(request, 0.0).expected / max(1, worker.capacity_tokens)
     return f"{worker.id} would fill {share:.0%} of its KV cache"
 
 
@@ -70,6 +68,6 @@ def snapshot(request: Request, reason: str, now_s: float) -> WaitingSnapshot:
         phase=request.phase.value,
         waited_s=now_s - request.arrived_s,
         prompt_tokens=request.prompt_tokens,
-        expected_output_tokens=request.lengths.mean_remaining(),
+        expected_output_tokens=request.expected_tokens,
         reason=reason,
     )

@@ -7,7 +7,7 @@ stopped, so that no seat or token budget is given away twice.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tinfer.core.lengths import Lengths
@@ -44,6 +44,12 @@ class Request:
     num_blocks: int = 0
     first_step: int | None = None
     target: Worker | None = None
+    # The expected length of its answer, asked for at every decision.
+    expected_tokens: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.expected_tokens = self.lengths.mean_remaining()
+
     lease: LeaseKey | None = None
 
 

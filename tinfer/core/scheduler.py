@@ -62,10 +62,11 @@ class Scheduler:
         actions: list[ev.Action] = []
         self._actions = actions
         self._apply(event, now_s)
-        self._admit_handoffs(now_s)
-        self._start_queued(now_s)
-        self._set_budgets()
-        self._flip(now_s)
+        if not _changes_little(event):
+            self._admit_handoffs(now_s)
+            self._start_queued(now_s)
+            self._set_budgets()
+            self._flip(now_s)
         return actions
 
     def request_phase(self, request_id: str) -> Phase | None:
@@ -437,3 +438,11 @@ class Scheduler:
     def _release(self, lease: Lease) -> None:
         self._ledger.release(lease)
         self._actions.append(ev.ReleaseLease(lease.key))
+
+
+def _changes_little(event: ev.Event) -> bool:
+    """Whether hardly anything that waits could start because of it: steps come a hundred times a
+    second from each worker, and what they change slowly is looked at again with the next `Tick`."""
+    if isinstance(event, ev.Stepped):
+        return not event.progress and not event.preempted
+    return isinstance(event, ev.Pulled | ev.LeaseOverdue | ev.WorkerExpected)

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from tinfer.core.costs import CostModel
 from tinfer.core.events import Stepped
+from tinfer.core.outlook import KvOutlook, Peak
 from tinfer.core.prefixes import PrefixIndex
-from tinfer.core.projection import Projection, Resident
 from tinfer.core.requests import Request
 from tinfer.core.types import Capacity, Role, Route, WorkerSnapshot
 
 # One chunk computes while the next stands ready: the engine never starves, and all else stays in
 # the master's queue, where order and cancel are exact.
 NUM_OUTSTANDING_CHUNKS = 2
-# A projection is used for this many steps: a step moves all residents alike, its shape slowly.
-PROJECTION_STEPS = 8
 # For how long what a worker reports counts in what is believed of its speed and its work.
 MEMORY_S = 5.0
 
@@ -28,7 +25,7 @@ class Worker:
 
     `requests` are those that compute here, zombies included: each takes a seat.
     `outstanding_prefill_tokens` are prompt tokens sent and not yet known to be computed, those of
-    `num_prefilling` requests; `num_decoding` have their first token. `num_placed_blocks` is what
+    `prefilling`; `num_decoding` have their first token. `num_placed_blocks` is what
     the prompts of `requests` need, with one token more each, and `num_held_blocks` what open leases
     keep. `num_steps`, `busy_s` and `num_free_blocks` are what it said last; `slowness` is how long
     its steps take, as a multiple of what `costs` make of them.
@@ -41,7 +38,7 @@ class Worker:
     costs: CostModel = field(default_factory=CostModel)
     requests: dict[str, Request] = field(default_factory=dict)
     outstanding_prefill_tokens: int = 0
-    num_prefilling: int = 0
+    prefilling: dict[str, Request] = field(default_factory=dict)
     num_placed_blocks: int = 0
     num_held_blocks: int = 0
     num_decoding: int = 0
@@ -63,9 +60,9 @@ class Worker:
     reported_s: float = 0.0
     # KV tokens of what decodes, at step 0: each grows by one with every step.
     _kv_at_step_0: int = 0
-    _num_changes: int = 0
-    _projection: Projection | None = None
-    _projected_at: tuple[int, int] = (-1, -1)
+    # What all residents would hold if each answer were as long as it can be.
+    most_kv_tokens: int = 0
+    outlook: KvOutlook = field(default_factory=KvOutlook)
 
     def __post_init__(self) -> None:
         self.prefixes = PrefixIndex(self.capacity.num_blocks)
@@ -86,9 +83,7 @@ class Worker:
     @property
     def is_handing_off(self) -> bool:
         """Whether a prefill here is still to be handed over, or its blocks are still held."""
-        split = any(
-            one.route is Route.SPLIT and one.prefill_tokens for one in self.requests.values()
-        )
+        split = any(one.route is Route.SPLIT for one in self.prefilling.values())
         return split or self.num_held_blocks > 0
 
     @property
@@ -108,17 +103,13 @@ class Worker:
 
     def ahead_tokens(self, tokens: int) -> int:
         """Outstanding here of prompts that have no more left than that."""
-        if not self.num_prefilling:
-            return 0
         return sum(
-            one.prefill_tokens for one in self.requests.values() if 0 < one.prefill_tokens <= tokens
+            one.prefill_tokens for one in self.prefilling.values() if one.prefill_tokens <= tokens
         )
 
     def num_longer(self, tokens: int) -> int:
         """Prompts under way here that have more left than that."""
-        if not self.num_prefilling:
-            return 0
-        return sum(one.prefill_tokens > tokens for one in self.requests.values())
+        return sum(one.prefill_tokens > tokens for one in self.prefilling.values())
 
     def blocks_for(self, request: Request) -> int:
         """KV blocks for the prompt and one more token."""
@@ -132,9 +123,12 @@ class Worker:
         request.num_blocks = self.blocks_for(request)
         self.requests[request.id] = request
         self.outstanding_prefill_tokens += prefill_tokens
-        self.num_prefilling += prefill_tokens > 0
+        if prefill_tokens:
+            self.prefilling[request.id] = request
         self.num_placed_blocks += request.num_blocks
-        self._num_changes += 1
+        self.most_kv_tokens += self._most_kv_of(request)
+        if request.route is not Route.SPLIT or not prefill_tokens:
+            self.outlook.add(request.id, *self.newcomer(request))
 
     def prefill_progress(self, request: Request, computed_tokens: int) -> None:
         """So much of the prompt is computed, and not all of it."""
@@ -146,7 +140,7 @@ class Worker:
     def prefill_done(self, request: Request) -> None:
         """The prompt is computed, the request stays."""
         self.outstanding_prefill_tokens -= request.prefill_tokens
-        self.num_prefilling -= request.prefill_tokens > 0
+        self.prefilling.pop(request.id, None)
         request.prefill_tokens = 0
 
     def decodes(self, request: Request) -> None:
@@ -155,16 +149,19 @@ class Worker:
             request.first_step = self.num_steps
             self.num_decoding += 1
             self._kv_at_step_0 += request.prompt_tokens + 1 - self.num_steps
-            self.sum_inverse_lengths += 1.0 / request.lengths.mean_remaining()
-            self._num_changes += 1
+            self.sum_inverse_lengths += 1.0 / request.expected_tokens
+            self.outlook.remove(request.id)
+            self.outlook.add(request.id, *self.newcomer(request))
 
     def remove(self, request: Request) -> None:
         """The request no longer computes here."""
         self.prefill_done(request)
+        self.most_kv_tokens -= self._most_kv_of(request)
+        self.outlook.remove(request.id)
         if request.first_step is not None:
             self.num_decoding -= 1
             self._kv_at_step_0 -= request.prompt_tokens + 1 - request.first_step
-            self.sum_inverse_lengths -= 1.0 / request.lengths.mean_remaining()
+            self.sum_inverse_lengths -= 1.0 / request.expected_tokens
             request.first_step = None
         if not self.num_decoding:  # what rounding left
             self.sum_inverse_lengths = 0.0
@@ -172,7 +169,6 @@ class Worker:
         del self.requests[request.id]
         request.at = None
         request.num_blocks = 0
-        self._num_changes += 1
 
     def stepped(self, event: Stepped, now_s: float) -> None:
         """Take in what it reports, and what that says of its speed and its work."""
@@ -194,6 +190,7 @@ class Worker:
         self.num_steps, self.busy_s = event.num_steps, event.busy_s
         self.num_prefill_tokens = event.num_prefill_tokens
         self.num_free_blocks = event.num_free_blocks
+        self.outlook.advance(event.num_steps)
 
     def generated_tokens(self, request: Request) -> int:
         """Output tokens of a request here, as its worker's steps tell."""
@@ -258,27 +255,18 @@ class Worker:
         num_free = self.capacity.num_blocks - self.num_held_blocks - self.num_used_blocks
         return max(0, num_free) * self.capacity.block_tokens
 
-    def residents(self) -> Iterator[Resident]:
-        """All that will hold KV here until it ends, half a block of each being waste."""
-        waste_tokens = self.capacity.block_tokens // 2
-        for request in self.requests.values():
-            generated = self.generated_tokens(request)
-            held_tokens = request.prompt_tokens + generated + waste_tokens
-            if request.route is Route.SPLIT and request.prefill_tokens:
-                yield Resident(held_tokens, (1.0,))
-            else:
-                yield Resident(held_tokens, request.lengths.remaining(generated))
+    def _most_kv_of(self, request: Request) -> int:
+        return request.prompt_tokens + request.lengths.points[-1] + self.capacity.block_tokens
 
-    def projection(self) -> Projection:
-        """Where the KV in use here is going; at most `PROJECTION_STEPS` old."""
-        now = (self._num_changes, self.num_steps // PROJECTION_STEPS)
-        if self._projection is None or now != self._projected_at:
-            self._projection, self._projected_at = self.fresh_projection(), now
-        return self._projection
+    def newcomer(self, request: Request) -> tuple[int, tuple[float, ...]]:
+        """KV tokens that the request would begin with here, half a block of it waste, and the
+        equally likely numbers of steps that it would stay."""
+        tokens = request.prompt_tokens + 1 + self.capacity.block_tokens // 2
+        return tokens, request.lengths.remaining(0)
 
-    def fresh_projection(self) -> Projection:
-        """The same as of now, kept nowhere: for people, who must not change what is decided."""
-        return Projection(self.residents())
+    def peak_with(self, request: Request, z: float) -> Peak:
+        """The highest KV use to come here with that request."""
+        return self.outlook.peak_with(*self.newcomer(request), z)
 
     def snapshot(self) -> WorkerSnapshot:
         return WorkerSnapshot(
@@ -293,7 +281,7 @@ class Worker:
             num_projected_blocks=self.num_projected_blocks,
             num_held_blocks=self.num_held_blocks,
             num_used_blocks=self.num_used_blocks,
-            peak_kv_share=self.fresh_projection().peak_tokens() / max(1, self.capacity_tokens),
+            peak_kv_share=self.outlook.peak(0.0).expected / max(1, self.capacity_tokens),
             num_steps=self.num_steps,
             num_preempted=self.num_preempted,
             slowness=self.slowness,

@@ -120,8 +120,8 @@ class Cluster:
             return
         seen_s = self._world.seen_s
         for place, engine in enumerate(self._world.engines):
-            if engine.num_steps_by(seen_s) != self._reported[place]:
-                report = engine.report(seen_s)
+            report = engine.report(seen_s)
+            if report.num_steps != self._reported[place]:
                 self._reported[place] = report.num_steps
                 stepped = ev.Stepped(
                     engine.worker_id,

@@ -151,11 +151,6 @@ class SimEngine:
             self.pool.num_free - num_taken,
         )
 
-    def num_steps_by(self, at_s: float) -> int:
-        """`report(at_s).num_steps`."""
-        stretch = self._stretch
-        return self.num_steps + (0 if stretch is None else stretch.num_by(at_s))
-
     def outstanding_tokens(self, at_s: float) -> int:
         """Tokens that all jobs here still cost: prompts until their first token, then answers."""
         stretch = self._stretch

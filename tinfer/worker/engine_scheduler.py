@@ -115,17 +115,16 @@ class EngineScheduler(Scheduler):
         )
 
     def _count(self, scheduled: SchedulerOutput) -> None:
-        """Count what a step computes of prompts, and of this what a pull should have spared: all
-        but the last token. What is computed again after a preemption counts like a prompt."""
+        """Count what a step computes of prompts, what it computes again after a preemption among
+        it, and of this what a pull should have spared: all but the last token of a prompt."""
         self.num_scheduled_tokens = scheduled.total_num_scheduled_tokens
         for request_id, num_tokens in scheduled.num_scheduled_tokens.items():
             request = self.requests[request_id]
             end = request.num_computed_tokens  # as of after the step
             start = end - num_tokens
-            prefill_end = max(request.num_prompt_tokens, request.num_tokens - 1)
-            if start >= prefill_end:
+            if request.num_output_tokens and _needs_one_token(request, start):
                 continue
-            self.counts["num_computed_prompt_tokens"] += min(end, prefill_end) - start
+            self.counts["num_computed_prompt_tokens"] += num_tokens
             if _has_source(request) and not request.num_preemptions:
                 num_spared = min(end, request.num_prompt_tokens - 1) - start
                 self.counts["num_recomputed_pulled_tokens"] += max(0, num_spared)

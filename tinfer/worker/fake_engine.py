@@ -321,8 +321,8 @@ class FakeEngine:
         """Count what is computed of a prompt or after a preemption, and of this what a pull should
         have spared: all that was pulled, but for the prompt's last token, to be sampled from."""
         start, prompt_tokens = request.num_computed, request.prompt_tokens
-        prefill_end = max(prompt_tokens, request.num_tokens - 1)
-        self._num_prompt_tokens += max(0, min(end, prefill_end) - start)
+        if not (request.answer.num_tokens and request.needs_one_token):
+            self._num_prompt_tokens += end - start
         spared = min(request.num_pulled, prompt_tokens - 1)
         self._num_recomputed += max(0, min(end, spared) - start)
 

@@ -6,7 +6,6 @@ leaves an empty worker open to a request larger than all of it: the engine has t
 
 from __future__ import annotations
 
-from tinfer.core.projection import Resident
 from tinfer.core.requests import Request
 from tinfer.core.worker import Worker
 
@@ -73,16 +72,12 @@ class Peak:
             return False
         if not worker.requests:
             return True
-        if not _fits(request.prompt_tokens + 1, worker):
-            return False
-        newcomer = newcomer_at(request, worker)
-        return worker.projection().peak_with(newcomer, self._z) <= worker.capacity_tokens
-
-
-def newcomer_at(request: Request, worker: Worker) -> Resident:
-    """The request as a resident-to-be of that worker."""
-    held_tokens = request.prompt_tokens + 1 + worker.capacity.block_tokens // 2
-    return Resident(held_tokens, request.lengths.remaining(0))
+        most_tokens = request.prompt_tokens + request.lengths.points[-1]
+        if worker.most_kv_tokens + most_tokens + worker.capacity.block_tokens < (
+            worker.capacity_tokens
+        ):
+            return True  # even if every answer were as long as it can be
+        return worker.peak_with(request, self._z).rare <= worker.capacity_tokens
 
 
 def _fits(tokens: int, worker: Worker) -> bool:

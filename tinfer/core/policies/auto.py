@@ -19,7 +19,7 @@ less, and the requests that they would interrupt decode elsewhere for the same r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from tinfer.core.demand import Demand
@@ -34,22 +34,22 @@ from tinfer.core.worker import Worker
 # has TTFT within 5 and TPOT within 4 times what a request takes alone.
 TTFT_WEIGHT = 1.0 / 5.0
 TPOT_WEIGHT = 1.0 / 4.0
+# Of a prefill worker's time, what prompts may take before others take some of them too.
 FULL_SHARE = 0.85
 
 
 class Way(NamedTuple):
-    """One way to compute a request; `reader` decodes it where it is split."""
+    """One way to compute a request; of two that cost the same, the one with less moving."""
 
     cost: float
-    route: Route
-    worker: Worker
-    reader: Worker
+    num_moves: int
+    placement: Placement
 
 
 class AutoPlacer:
     """Takes the cheapest way, or waits for the worker with which it starts."""
 
-    num_tried = 8
+    num_tried = 2
 
     def __init__(self, admission: DecodeAdmission, demand: Demand) -> None:
         self._admission = admission
@@ -58,35 +58,71 @@ class AutoPlacer:
     def place(
         self, request: Request, fleet: Fleet, ahead_tokens: int, now_s: float
     ) -> Placement | None:
-        ways = self._ways(request, fleet, ahead_tokens, now_s)
-        best = min(ways, key=_rank, default=None)
-        if best is None or not best.worker.takes(request):
-            return None
-        return Placement(best.route, best.worker)
-
-    def _ways(
-        self, request: Request, fleet: Fleet, ahead_tokens: int, now_s: float
-    ) -> Iterator[Way]:
-        ends_at_once = request.max_output_tokens == 1
-        shares = self._prefill_shares(fleet, now_s)
-        decode_costs = {
-            worker.id: 0.0 if ends_at_once else decode_cost(request, worker, shares[worker.id])
+        num_taking = fleet.num_taking
+        starts = {
+            worker.id: prefill_cost(request, worker, ahead_tokens, num_taking)
             for worker in fleet.workers
         }
-        for worker in fleet.open_to_whole():
-            if self._admission.admits(request, worker, now_s):
-                start = prefill_cost(request, worker, ahead_tokens, fleet.num_taking)
-                cost = start + decode_costs[worker.id]
-                yield Way(cost, Route.WHOLE, worker, worker)
-        if ends_at_once:
-            return
-        for source in fleet.split_sources:
-            readers = fleet.readers(source.role)
-            reader = min(readers, key=lambda one: (decode_costs[one.id], one.id))
-            start = prefill_cost(request, source, ahead_tokens, fleet.num_taking)
+        if request.max_output_tokens == 1:
+            worker = min(fleet.workers, key=lambda one: (starts[one.id], one.id))
+            return Placement(Route.WHOLE, worker) if worker.takes(request) else None
+        shares = self._prefill_shares(fleet, now_s)
+        decodes = {one.id: decode_cost(request, one, shares[one.id]) for one in fleet.workers}
+        whole = self._best_whole(request, fleet, starts, decodes, now_s)
+        split = self._best_split(request, fleet, starts, decodes)
+        best = min((one for one in (whole, split) if one is not None), default=None)
+        if best is None or not best.placement.worker.takes(request):
+            return None
+        return best.placement
+
+    def _best_whole(
+        self,
+        request: Request,
+        fleet: Fleet,
+        starts: Mapping[str, float],
+        decodes: Mapping[str, float],
+        now_s: float,
+    ) -> Way | None:
+        """On one worker. How full its cache gets only adds to a cost, so it is looked at last."""
+        best: Way | None = None
+        costs = [(starts[one.id] + decodes[one.id], one.id, one) for one in fleet.open_to_whole()]
+        for least, _, worker in sorted(costs):
+            if best is not None and best.cost <= least:
+                break
+            if not self._admission.admits(request, worker, now_s):
+                continue
+            cost = least + TPOT_WEIGHT * crowding(request, worker)
+            if best is None or cost < best.cost:
+                best = Way(cost, 0, Placement(Route.WHOLE, worker))
+        return best
+
+    def _best_split(
+        self,
+        request: Request,
+        fleet: Fleet,
+        starts: Mapping[str, float],
+        decodes: Mapping[str, float],
+    ) -> Way | None:
+        """On two: what the first costs does not depend on the second, but for who may read it."""
+        best: Way | None = None
+        for role in {source.role for source in fleet.split_sources}:
+            sources = [one for one in fleet.split_sources if one.role is role]
+            source = min(sources, key=lambda one: (starts[one.id], one.id))
+            readers = [one for one in fleet.readers(role) if one is not source]
+            decode: float | None = None
+            for least, _, reader in sorted((decodes[one.id], one.id, one) for one in readers):
+                if decode is not None and decode <= least:
+                    break
+                cost = least + TPOT_WEIGHT * crowding(request, reader)
+                decode = cost if decode is None else min(decode, cost)
+            if decode is None:
+                continue
             moving_s = source.costs.handoff_total_s(request.prompt_tokens)
-            moved = TPOT_WEIGHT * moving_s / _answer_alone_s(request, reader)
-            yield Way(start + moved + decode_costs[reader.id], Route.SPLIT, source, reader)
+            alone_s = request.expected_tokens * source.costs.decode_step_s(1, 0)
+            cost = starts[source.id] + decode + TPOT_WEIGHT * moving_s / alone_s
+            if best is None or cost < best.cost:
+                best = Way(cost, 1, Placement(Route.SPLIT, source))
+        return best
 
     def _prefill_shares(self, fleet: Fleet, now_s: float) -> dict[str, float]:
         """Of each worker's time, what prompts will take if they gather on prefill workers.
@@ -101,10 +137,6 @@ class AutoPlacer:
         taken = min(FULL_SHARE, wanted / len(takers))
         left = min(FULL_SHARE, max(0.0, wanted - taken * len(takers)) / max(1, len(others)))
         return {one.id: taken if one in takers else left for one in fleet.workers}
-
-
-def _rank(way: Way) -> tuple[float, bool, str, str]:
-    return (way.cost, way.route is Route.SPLIT, way.worker.id, way.reader.id)
 
 
 def prefill_cost(request: Request, worker: Worker, ahead_tokens: int, num_taking: int) -> float:
@@ -132,10 +164,6 @@ def decode_cost(request: Request, worker: Worker, prefill_share: float) -> float
     # A share u of the time goes to prefills: a step that takes s takes s / (1 - u) with them.
     interrupted = 1.0 / (1.0 - prefill_share)
     mine = after_s * worker.slowness * interrupted / alone_s
-    together = min(1.0, request.lengths.mean_remaining() * worker.mean_inverse_length)
+    together = min(1.0, request.expected_tokens * worker.mean_inverse_length)
     theirs = worker.num_decoding * together * (after_s - before_s) * worker.slowness / alone_s
-    return TPOT_WEIGHT * (mine + theirs) + crowding(request, worker)
-
-
-def _answer_alone_s(request: Request, worker: Worker) -> float:
-    return request.lengths.mean_remaining() * worker.costs.decode_step_s(1, request.prompt_tokens)
+    return TPOT_WEIGHT * (mine + theirs)

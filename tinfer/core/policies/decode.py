@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from tinfer.core.policies.admission import newcomer_at
 from tinfer.core.requests import Request
 from tinfer.core.worker import Worker
 
@@ -65,9 +64,13 @@ def crowding(request: Request, worker: Worker) -> float:
     Nothing while its expected peak with the request stays under half; from there it rises, to as
     much as ten neighbours' steps at full: what overflows is computed twice.
     """
-    peak_tokens = worker.projection().peak_with(newcomer_at(request, worker))
-    over = max(0.0, peak_tokens / max(1, worker.capacity_tokens) - 0.5)
-    return 40.0 * over * over
+    capacity_tokens = max(1, worker.capacity_tokens)
+    if worker.most_kv_tokens + request.prompt_tokens + request.lengths.points[-1] < (
+        capacity_tokens // 2
+    ):
+        return 0.0  # even if every answer were as long as it can be
+    over = worker.peak_with(request, 0.0).expected / capacity_tokens - 0.5
+    return 40.0 * over * over if over > 0.0 else 0.0
 
 
 def heavy_to_light(worker: Worker) -> float:

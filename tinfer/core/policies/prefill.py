@@ -33,7 +33,7 @@ class EarliestFinish:
 
 def load_tokens(worker: Worker) -> int:
     """Work ahead of a worker: prompt tokens outstanding, plus its decoding sequences weighed."""
-    num_decoding = worker.num_seqs - worker.num_prefilling
+    num_decoding = worker.num_seqs - len(worker.prefilling)
     return worker.outstanding_prefill_tokens + DECODE_SEQ_WEIGHT_TOKENS * num_decoding
 
 

@@ -1,0 +1,162 @@
+"""What `tinfer simulate` and `tinfer plan` share: which requests, which box, which policies.
+
+Those of the policies are `tinfer serve`'s own, made from the same struct.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from tinfer.cli.options import options_of
+from tinfer.config import ServeConfig
+
+if TYPE_CHECKING:
+    from tinfer.sim.boxes import Box
+    from tinfer.sim.sources import Source
+
+_Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+ParsedT = TypeVar("ParsedT")
+EXIT_CANNOT_START = 2
+EXIT_INTERRUPTED = 130
+
+# What only a real server has. Every other option of `tinfer serve` is simulated.
+NOT_SIMULATED = frozenset(
+    ("model", "revision", "host", "port", "served_model_name")
+    + ("prefill_devices", "decode_devices", "kv_transport", "tensor_parallel_size", "cpu_threads")
+    + ("dtype", "max_model_len", "block_size", "gpu_memory_utilization", "kv_cache_memory_bytes")
+    + ("enforce_eager", "trust_remote_code", "chat_template", "strict_params")
+    + ("shutdown_timeout", "start_timeout", "lease_ttl", "max_worker_restarts")
+    + ("log_dir", "verbose", "engine", "fake_engine")
+)
+# This one is an option of the workload here; it numbers everything that is drawn.
+_SEED = frozenset(("seed",))
+POSITIVE = click.IntRange(min=1)
+_ABOVE_ZERO = click.FloatRange(min=0, min_open=True)
+
+_SOURCE = (
+    click.option(
+        "--workload", default="Mixed", show_default=True, help="Of `tinfer.workloads`, by name."
+    ),
+    click.option(
+        "--log",
+        type=click.Path(dir_okay=False, exists=True),
+        metavar="FILE",
+        help="Play this request log (JSONL of `tinfer bench`) instead of a workload.",
+    ),
+    click.option(
+        "--num-prompts",
+        "--num-requests",
+        "num_requests",
+        type=POSITIVE,
+        help="Number of requests. Default: 1000, or all of a log.",
+    ),
+    click.option("--seed", type=int, default=0, show_default=True, help="Fixes all that is drawn."),
+    click.option(
+        "--burstiness",
+        type=_ABOVE_ZERO,
+        help="Shape of the gamma gaps between arrivals: 1 is Poisson, less is burstier. Default: "
+        "the workload's own.",
+    ),
+    click.option("--length-scale", type=_ABOVE_ZERO, default=1.0, help="Factor on all lengths."),
+    click.option("--max-prompt-tokens", type=POSITIVE, help="Cuts prompts."),
+    click.option("--max-output-tokens", type=POSITIVE, help="Cuts answers."),
+    click.option(
+        "--workload-option",
+        "workload_options",
+        multiple=True,
+        metavar="NAME=NUMBER",
+        help="A setting of the workload.",
+    ),
+    click.option(
+        "--max-tokens",
+        type=POSITIVE,
+        help="What clients allow an answer to have. Default: exactly what it has, as the load "
+        "generator asks.",
+    ),
+)
+
+
+def source_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options that say which requests there are."""
+    for option in reversed(_SOURCE):
+        function = option(function)
+    return function
+
+
+def policy_options(also_skip: frozenset[str] = frozenset()) -> _Decorator:
+    """Adds the options of `tinfer serve` that mean something to a simulation."""
+    return options_of(ServeConfig, skip=NOT_SIMULATED | _SEED | also_skip)
+
+
+def policy_names(also_skip: frozenset[str] = frozenset()) -> list[str]:
+    """The names of those options' values."""
+    skipped = NOT_SIMULATED | _SEED | also_skip
+    return [name for name in ServeConfig.__struct_fields__ if name not in skipped]
+
+
+def taken_source(given: dict[str, Any], rate_rps: float | None) -> Source:
+    """The source that the options say; they are taken out of `given`."""
+    from tinfer.sim.sources import Source
+
+    log, num_requests = given.pop("log"), given.pop("num_requests")
+    workload, settings = given.pop("workload"), given.pop("workload_options")
+    if log is not None and settings:
+        raise click.UsageError("--workload-option does not go with --log")
+    if log is not None and given["burstiness"] is not None:
+        raise click.UsageError("--burstiness does not go with --log")
+    return Source(
+        workload=None if log else workload,
+        log=log,
+        num_requests=num_requests if log else num_requests or 1000,
+        rate_rps=rate_rps,
+        seed=given["seed"],
+        burstiness=given.pop("burstiness"),
+        length_scale=given.pop("length_scale"),
+        max_prompt_tokens=given.pop("max_prompt_tokens"),
+        max_output_tokens=given.pop("max_output_tokens"),
+        options=checked("--workload-option", parse_settings, settings),
+    )
+
+
+def box_of(preset: str | None, tuned: Path | None) -> Box:
+    """The box of one of the two flags. Raises `StartError`, `click.UsageError` for both."""
+    if tuned is None:
+        from tinfer.sim.boxes import preset_box
+
+        return preset_box(preset or "cpu-51m")
+    if preset is not None:
+        raise click.UsageError("--preset and --tuned exclude each other")
+    from tinfer.sim.tuned import tuned_box
+
+    return tuned_box(tuned)
+
+
+def parse_settings(pairs: tuple[str, ...]) -> dict[str, float]:
+    """`NAME=NUMBER` pairs. Raises `ValueError`."""
+    settings = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        try:
+            settings[name.strip()] = float(text)
+        except ValueError as error:
+            raise ValueError(f"{pair!r} is not NAME=NUMBER") from error
+        if not equals or not name.strip():
+            raise ValueError(f"{pair!r} is not NAME=NUMBER")
+    return settings
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """Comma-separated words, each once."""
+    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+
+
+def checked(flag: str, parse: Callable[[Any], ParsedT], given: Any) -> ParsedT:
+    """Raises `click.BadParameter` where the parser raises `ValueError`."""
+    try:
+        return parse(given)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint=flag) from error
