@@ -325,7 +325,11 @@ class Braking(Scheduler):
     """Sets a budget with every tick, for all that it does else like the real one."""
 
     def on_event(self, event: ev.Event, now_s: float) -> list[ev.Action]:
-        actions = [a for a in super().on_event(event, now_s) if not isinstance(a, ev.SetBudget)]
+        actions: list[ev.Action] = [
+            action
+            for action in super().on_event(event, now_s)
+            if not isinstance(action, ev.SetBudget)
+        ]
         if isinstance(event, ev.Tick):
             actions.append(ev.SetBudget("b0", 0, 1))
         return actions

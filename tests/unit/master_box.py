@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.unit.core_box import CAPACITY
+from tests.unit.core_box import CAPACITY, PLAIN
 from tinfer.api.service import Delta, Generation
 from tinfer.core import events
 from tinfer.core.sampling import SamplingSpec
@@ -14,6 +14,7 @@ from tinfer.core.types import Capacity, Role, SchedulerConfig
 from tinfer.errors import TinferError
 from tinfer.master.loop import Dispatcher
 from tinfer.master.streams import RequestStream
+from tinfer.predict.predictors import MaxTokens
 from tinfer.wire import messages as wire
 from tinfer.wire.links import Incarnation
 
@@ -76,13 +77,14 @@ class DispatcherBox:
 
     def __init__(self, roles: str = "p d", capacity: Capacity = CAPACITY, **config: Any) -> None:
         self.sent: list[tuple[Incarnation, wire.ToWorker]] = []
-        self.scheduler = Scheduler(SchedulerConfig(**config))
+        self.scheduler = Scheduler(SchedulerConfig(**PLAIN | config))
         self.capacity = capacity
         self.dispatcher = Dispatcher(
             self.scheduler,
             lambda to, message: self.sent.append((to, message)),
             StillClock(),
             LEASE_TTL_S,
+            MaxTokens(),
         )
         for worker_id in roles.split():
             self.up(Incarnation(worker_id, 0))

@@ -88,6 +88,18 @@ def test_a_failed_pull_is_a_prompt_and_holds_up_no_other() -> None:
         assert stepper.step() == {"good": 1, "failed": 6}
 
 
+def test_who_is_passed_keeps_its_place() -> None:
+    with stepping(num_blocks=12) as stepper:
+        stepper.scheduler.prefill_budget = 0
+        stepper.add("holds blocks", 30, 2, pulled=True)
+        stepper.add("first", 8, 2)
+        stepper.add("lacks blocks", 30, 2, pulled=True)
+        stepper.step()
+        waiting = [request.start.request_id for request in stepper.scheduler.waiting]
+        assert waiting == ["first", "lacks blocks"]
+        assert len(stepper.pulling) == 1
+
+
 def test_the_least_progressed_gives_way_and_is_reported() -> None:
     """A prompt that is older than the sequence that grows, and has nothing of its answer."""
     with stepping(num_blocks=12, tokens=4) as stepper:

@@ -33,6 +33,9 @@ MAY_USE = {
     "master": {"api", "wire", "core", "predict", "config"},
     # Of the master only what tells which runs and cores there are; it starts nothing.
     "doctor": {"master", "wire", "core", "config"},
+    # What was measured, for server and simulator to read; who measures runs workers by the master.
+    "tune": {"core"},
+    "tuner": {"tune", "master", "wire", "core", "config"},
     "sim": {"core", "predict", "workloads", "config"},
     "bench": {"client", "core", "workloads", "config"},
     **{leaf: set[str]() for leaf in LEAVES},
@@ -51,6 +54,8 @@ WITHOUT_ENGINE = [
     "tinfer.api.server",
     "tinfer.master.app",
     "tinfer.doctor.examination",
+    "tinfer.tune.store",
+    "tinfer.tuner.app",
     "tinfer.workloads",
     "tinfer.predict.predictors",
     "tinfer.sim.cluster",

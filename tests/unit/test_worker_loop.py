@@ -96,9 +96,9 @@ def test_a_step_without_outputs_is_sent_for_its_progress() -> None:
         )
 
 
-def test_a_budget_changes_between_two_steps() -> None:
+def test_no_budget_lets_nothing_through_until_it_is_lifted() -> None:
     with looping(FakeEngine(spec_of(ROOMY))) as master:
-        master.send(SetBudget(0), whole("r", 30, 2), SetBudget(10), SetBudget(None))
+        master.send(SetBudget(0), whole("r", 30, 2), SetBudget(None))
         messages = master.until(lambda message: isinstance(message, Idle))
         assert [step.progress for step in steps_of(messages)] == [[("r", 16)], [], []]
 
@@ -106,7 +106,7 @@ def test_a_budget_changes_between_two_steps() -> None:
 def test_preempted_requests_are_named_in_their_step() -> None:
     tight = {"num_blocks": 8, "block_tokens": 4, "mean_output_tokens": 12}
     with looping(FakeEngine(spec_of(tight))) as master:
-        master.send(whole("old", 8, 20), whole("young", 8, 20))
+        master.send(SetBudget(0), whole("old", 8, 20), whole("young", 8, 20), SetBudget(None))
         messages = master.until(lambda message: isinstance(message, Idle))
         preempted = [name for step in steps_of(messages) for name in step.preempted]
         assert preempted

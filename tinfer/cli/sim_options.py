@@ -130,9 +130,23 @@ def box_of(preset: str | None, tuned: Path | None) -> Box:
         return preset_box(preset or "cpu-51m")
     if preset is not None:
         raise click.UsageError("--preset and --tuned exclude each other")
-    from tinfer.sim.tuned import tuned_box
+    return measured(tuned)
 
-    return tuned_box(tuned)
+
+def measured(path: Path) -> Box:
+    """The box that a file of `tinfer tune` tells of. Raises `StartError`, `FileNotFoundError`."""
+    from tinfer.sim.boxes import measured_box
+    from tinfer.tune.store import read
+
+    tuning = read(path)
+    return measured_box(
+        name=f"{tuning.model} on {tuning.identity.device}",
+        costs=tuning.costs,
+        num_blocks=tuning.kv.num_blocks,
+        block_tokens=tuning.kv.block_tokens,
+        num_devices=tuning.identity.tensor_parallel_size,
+        chunk_tokens=tuning.chunk.chunk_tokens,
+    )
 
 
 def parse_settings(pairs: tuple[str, ...]) -> dict[str, float]:

@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 
 _PR_SET_CHILD_SUBREAPER = 36
 # How often a drain looks whether the last request has ended.
+# As often as load reports come in the paper (arXiv 2401.11181, section 3.2).
+TICK_S = 0.1
 _DRAIN_POLL_S = 0.02
 # What a stop that may not wait still leaves the answers: enough for an error event each.
 _LAST_WORDS_S = 1.0
@@ -125,6 +127,7 @@ class Server:
         self.stopped = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._stop_deadline_s = 0.0
+        self._ticker: asyncio.Task[None] | None = None
 
     # --- start --------------------------------------------------------------------------------
 
@@ -165,6 +168,7 @@ class Server:
         assert self._runner.server is not None
         self._door.open(self._runner.server)
         self._service.mood = Mood.SERVING
+        self._ticker = asyncio.create_task(self._tick())
         host, port = self._listener.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         report.show(
@@ -172,6 +176,12 @@ class Server:
                 self._config, self._supervisor, choice, url, self._names[0], self._report.elapsed_s
             )
         )
+
+    async def _tick(self) -> None:
+        """Let the scheduler look at what only time changes."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._dispatcher.tick()
 
     def _changed(self) -> None:
         if self._service is None:
@@ -227,6 +237,7 @@ class Server:
     def _schedule_on(self, slot: WorkerSlot, role: Role) -> None:
         ready = slot.ready
         assert ready is not None
+        self._dispatcher.block_tokens = ready.block_tokens
         self._dispatcher.worker_event(
             events.WorkerUp(
                 *slot.incarnation,
@@ -277,6 +288,8 @@ class Server:
     async def close(self) -> None:
         """Take everything down; also after a start that failed half-way."""
         error: TinferError = NoWorker("the server is stopping")
+        if self._ticker is not None:
+            self._ticker.cancel()
         self._dispatcher.fail_all(error)
         self._door.close()
         if self._runner is not None:

@@ -19,7 +19,7 @@ from tinfer.api.trace import Trace
 from tinfer.clock import Clock
 from tinfer.core import events
 from tinfer.core.scheduler import Scheduler
-from tinfer.core.types import LeaseKey
+from tinfer.core.types import LeaseKey, Role, WaitingSnapshot
 from tinfer.errors import (
     EngineFailed,
     InvalidRequest,
@@ -28,8 +28,10 @@ from tinfer.errors import (
     TinferError,
     WorkerLost,
 )
+from tinfer.master.scheduling import block_hashes
 from tinfer.master.streams import RequestStream
 from tinfer.master.timeline import StartKind, Timeline
+from tinfer.predict.predictors import Asked, Predictor
 from tinfer.wire import messages as wire
 from tinfer.wire.links import Incarnation
 
@@ -56,11 +58,23 @@ class LiveRequest(Struct):
 class Dispatcher:
     """Runs the scheduler for the live server. All methods are called on the loop's thread."""
 
-    def __init__(self, scheduler: Scheduler, send: Send, clock: Clock, lease_ttl_s: float) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        send: Send,
+        clock: Clock,
+        lease_ttl_s: float,
+        predictor: Predictor,
+    ) -> None:
         self._scheduler = scheduler
         self._send = send
         self._clock = clock
         self._lease_ttl_s = lease_ttl_s
+        self._predictor = predictor
+        # Tokens per KV block, once a worker has said; without it no prefix is told from another.
+        self.block_tokens: int | None = None
+        # Roles that the scheduler has changed since the start, by worker.
+        self.changed_roles: dict[str, Role] = {}
         self._live: dict[str, LiveRequest] = {}
         self.stats: dict[Incarnation, wire.WorkerStats] = {}
         self.num_finished = 0
@@ -74,21 +88,45 @@ class Dispatcher:
         timeline = Timeline(self._clock.now_s())
         prompt = array("i", prompt_ids).tobytes()
         self._live[request_id] = LiveRequest(generation, prompt, stream, timeline)
-        arrived = events.Arrived(
-            request_id,
-            prompt_tokens=len(prompt_ids),
-            max_output_tokens=generation.sampling.max_tokens,
-            route=generation.route,
-        )
+        arrived = self._arrival(request_id, generation, prompt)
         refusal = self._post(arrived, refusing=request_id)
         if refusal is not None:
             self._live.pop(request_id, None)
             raise refusal
         return stream
 
+    def _arrival(self, request_id: str, generation: Generation, prompt: bytes) -> events.Arrived:
+        """What the scheduler is told of a request."""
+        sampling = generation.sampling
+        asked = Asked(
+            request_id,
+            prompt_tokens=len(generation.prompt_token_ids),
+            max_output_tokens=sampling.max_tokens,
+            output_tokens=sampling.max_tokens
+            if sampling.ignore_eos and not sampling.stop
+            else None,
+        )
+        return events.Arrived(
+            request_id,
+            prompt_tokens=asked.prompt_tokens,
+            max_output_tokens=asked.max_output_tokens,
+            route=generation.route,
+            lengths=self._predictor.predict(asked),
+            block_hashes=block_hashes(prompt, self.block_tokens) if self.block_tokens else (),
+        )
+
+    def tick(self) -> None:
+        """Time has passed; does nothing while nobody is served."""
+        if self._live:
+            self._post(events.Tick())
+
     def _cancelled(self, request_id: str) -> None:
         self._post(events.Cancelled(request_id))
         self._forget_if_over(request_id)
+
+    def waiting(self, limit: int) -> list[WaitingSnapshot]:
+        """Requests that wait, and why."""
+        return self._scheduler.waiting(self._clock.now_s(), limit)
 
     @property
     def num_live(self) -> int:
@@ -107,6 +145,8 @@ class Dispatcher:
     ) -> None:
         """The fleet has changed."""
         self._post(event)
+        if isinstance(event, events.WorkerUp):
+            self.changed_roles.pop(event.worker_id, None)
         if isinstance(event, events.WorkerDown):
             self._bereave(Incarnation(event.worker_id, event.generation))
 
@@ -122,6 +162,7 @@ class Dispatcher:
         match message:
             case wire.Step(outputs, stats):
                 self.stats[sender] = stats
+                self._post(_stepped(sender, message))
                 for output in outputs:
                     self._output(sender, output)
             case wire.PullDone():
@@ -233,6 +274,11 @@ class Dispatcher:
                 self._start(request_id, Incarnation(worker_id, generation), "decode")
             case events.AbortOn(request_id, worker_id, generation):
                 self._send(Incarnation(worker_id, generation), wire.Abort([request_id]))
+            case events.SetBudget(worker_id, generation, prefill_tokens):
+                self._send(Incarnation(worker_id, generation), wire.SetBudget(prefill_tokens))
+            case events.RoleChanged(worker_id, _, role, reason):
+                log.info("worker %s is a %s worker now: %s", worker_id, role.value, reason)
+                self.changed_roles[worker_id] = role
             case events.ReleaseLease(key):
                 self._send(_owner(key), wire.ReleaseLease(_lease(key)))
             case events.ExtendLease(key):
@@ -308,6 +354,19 @@ def _error_of(fail: events.Fail) -> TinferError:
     if fail.cause == "no-worker":
         return NoWorker(fail.message)
     return WorkerLost(fail.message)
+
+
+def _stepped(sender: Incarnation, step: wire.Step) -> events.Stepped:
+    stats = step.stats
+    return events.Stepped(
+        *sender,
+        num_steps=stats.num_steps,
+        busy_s=stats.busy_s,
+        num_prefill_tokens=stats.num_computed_prompt_tokens,
+        num_free_blocks=stats.num_free_blocks,
+        progress=tuple(step.progress),
+        preempted=tuple(step.preempted),
+    )
 
 
 def _key(owner: Incarnation, lease: wire.LeaseId) -> LeaseKey:

@@ -16,6 +16,9 @@ from tinfer.master.loop import Dispatcher
 from tinfer.master.supervisor import Life, Supervisor
 from tinfer.wire.links import Incarnation
 
+# Of each kind; `/debug/state` is for a person.
+NUM_WAITING_SHOWN = 100
+
 
 class Mood(enum.Enum):
     """What the server does with new requests."""
@@ -91,7 +94,9 @@ class MasterService:
             workers.append(
                 {
                     "id": worker_id,
-                    "role": slot.placement.role.value,
+                    "role": self._dispatcher.changed_roles.get(
+                        worker_id, slot.placement.role
+                    ).value,
                     "device": slot.placement.label,
                     "state": slot.life.value,
                     "generation": slot.generation,
@@ -107,6 +112,7 @@ class MasterService:
         return {
             "status": self.healthy()[1],
             "workers": workers,
+            "waiting": msgspec.to_builtins(self._dispatcher.waiting(NUM_WAITING_SHOWN)),
             "requests_by_phase": self._scheduler.ledger_snapshot().requests_by_phase,
             "num_finished": self._dispatcher.num_finished,
         }

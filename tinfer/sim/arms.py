@@ -138,10 +138,20 @@ def baseline_arm(
     if kind == "paper":
         engine = paper_vllm_of(box, num_engines)
         return ReplicasArm(name=kind, engine=engine, num_replicas=1)
-    if kind == "replicas" or (word == "replicas" and tokens.isdecimal() and int(tokens) > 0):
-        engine = replica_of(box.replica, int(tokens) if tokens else None)
-        return ReplicasArm(name=kind, engine=engine, num_replicas=num_engines)
+    if kind == "replicas":
+        return replicas_arm(box, num_engines)
+    if word == "replicas" and tokens.isdecimal() and int(tokens) > 0:
+        return replicas_arm(box, num_engines, int(tokens))
     raise StartError(f"no baseline is called {kind}; there are: {', '.join(BASELINES)}")
+
+
+def replicas_arm(box: Box, num_replicas: int, step_tokens: int | None = None) -> ReplicasArm:
+    """Plain replicas, with vLLM's own step budget or another one."""
+    return ReplicasArm(
+        name="replicas" if step_tokens is None else f"replicas-{step_tokens}",
+        engine=replica_of(box.replica, step_tokens),
+        num_replicas=num_replicas,
+    )
 
 
 def run_arm(arm: Arm, requests: Sequence[SimRequest], seed: int = 0) -> SimRun:

@@ -16,7 +16,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
-from tinfer.core.types import Role, Route
+from tinfer.core.types import LeaseKey, Role, Route
 from tinfer.sim.engine import SimEngine
 from tinfer.sim.jobs import Job, Kind, Output, Ticket, What
 from tinfer.sim.results import SimRun, Slo, result_of
@@ -199,14 +199,20 @@ class _Hybrid(_Replicas):
             self._hand_off(output, now_s)
         elif output.what is What.PULLED:
             ticket.pulled_s = now_s
+        elif output.what is What.REFUSED and output.job.lease is not None:
+            # It fits on no decode worker, so nobody will read what was prefilled.
+            self._end_lease(output.job.lease, now_s)
 
     def _hand_off(self, output: Output, now_s: float) -> None:
         ticket, lease = output.job.ticket, output.lease
         assert lease is not None
-        at_s = now_s + self._world.message_s
         if ticket.is_over:
-            return self._world.engine_of[output.worker_id].end_lease(at_s, lease)
+            return self._end_lease(lease, now_s)
         seen_s = self._world.seen_s
         engine = min(self._engines, key=lambda one: (one.outstanding_tokens(seen_s), one.place))
         ticket.workers.append(engine.worker_id)
-        engine.start(at_s, Job(ticket, Kind.DECODE, lease))
+        engine.start(now_s + self._world.message_s, Job(ticket, Kind.DECODE, lease))
+
+    def _end_lease(self, lease: LeaseKey, now_s: float) -> None:
+        owner = self._world.engine_of[lease.worker_id]
+        owner.end_lease(now_s + self._world.message_s, lease)

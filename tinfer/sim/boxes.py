@@ -1,7 +1,7 @@
 """What a box computes on: engines of tinfer's workers and of a plain replica on the same device.
 
 A box is a preset by name (`presets` says where its numbers are from), or what `tinfer tune`
-measured on this machine (`tuned`).
+measured on a machine (`measured_box`).
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from tinfer.config import ServeConfig
+from tinfer.core.costs import CostModel
 from tinfer.errors import StartError
 from tinfer.sim import presets
 from tinfer.sim.spec import EngineSpec, WorkerSpec
 
-# The paper's vLLM: 16 sequences, prompts whole, 1 % of its blocks kept free. See `presets`.
-PAPER_NUM_SEQS = presets.PAPER_VLLM_NUM_SEQS
+# What a plain vLLM 0.32 server takes per step, but on GPUs of 70 GiB and more, where it is 8192.
+REPLICA_STEP_TOKENS = 2048
 
 
 class Box(Struct, frozen=True, kw_only=True):
@@ -31,6 +32,7 @@ class Box(Struct, frozen=True, kw_only=True):
     decode: EngineSpec
     replica: EngineSpec
     paper_vllm: EngineSpec | None = None
+    chunk_tokens: int | None = None
 
     @property
     def num_devices(self) -> int:
@@ -55,6 +57,32 @@ def preset_box(name: str) -> Box:
         decode=decode.engine,
         replica=presets.PAPER_REPLICA,
         paper_vllm=presets.PAPER_VLLM,
+    )
+
+
+def measured_box(
+    name: str,
+    costs: CostModel,
+    num_blocks: int,
+    block_tokens: int,
+    num_devices: int,
+    chunk_tokens: int,
+) -> Box:
+    """A box as it was measured: `num_devices` per engine, of which each has `num_blocks`."""
+    engine = EngineSpec(
+        costs=costs,
+        num_blocks=num_blocks,
+        block_tokens=block_tokens,
+        max_num_batched_tokens=REPLICA_STEP_TOKENS,
+        num_devices=num_devices,
+    )
+    return Box(
+        name=name,
+        source=costs.source,
+        prefill=engine,
+        decode=engine,
+        replica=engine,
+        chunk_tokens=chunk_tokens,
     )
 
 
@@ -119,7 +147,7 @@ def paper_vllm_of(box: Box, num_engines: int) -> EngineSpec:
         costs=replace(costs, **faster, source=f"{costs.source}; {num_engines} at ideal scaling"),
         num_blocks=num_engines * box.replica.num_blocks,
         num_devices=num_engines * box.num_devices,
-        max_num_seqs=PAPER_NUM_SEQS,
+        max_num_seqs=presets.PAPER_VLLM_NUM_SEQS,
         max_num_batched_tokens=presets.PAPER_VLLM.max_num_batched_tokens,
         chunked_prefill=False,
         prefix_caching=False,

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import msgspec
 from msgspec import Struct
-from msgspec.structs import replace
 
 from tinfer.config import ServeConfig, load
 from tinfer.errors import StartError
-from tinfer.sim.arms import Arm, ReplicasArm, SchedulerOf, baseline_arm, run_arm, tinfer_arm
+from tinfer.sim.arms import Arm, ReplicasArm, SchedulerOf, replicas_arm, run_arm, tinfer_arm
 from tinfer.sim.baselines import TPOT_FACTORS, unloaded_slos
 from tinfer.sim.boxes import Box
 from tinfer.sim.results import SimRun, Slo, figures_of
@@ -34,7 +34,8 @@ SWEPT: Mapping[str, tuple[str, ...]] = {
     "route": ("auto", "split"),
     "max_num_batched_tokens": ("512", "2048"),
 }
-REPLICAS = ("replicas", "replicas-512")
+# Of plain replicas; None is vLLM's own.
+REPLICA_STEPS = (None, 512)
 
 
 class Goal(Struct, frozen=True, kw_only=True):
@@ -42,10 +43,6 @@ class Goal(Struct, frozen=True, kw_only=True):
 
     slos: dict[str, Slo]
     share: float
-
-    def met_by(self, runs: Sequence[SimRun]) -> bool:
-        """Whether these runs, taken together, reach it."""
-        return good_share(runs, self.slos) >= self.share
 
 
 class Candidate(Struct, frozen=True, kw_only=True):
@@ -98,15 +95,11 @@ def candidates(
             raise StartError(f"{box.name} needs {box.num_devices} GPUs per worker")
         configs = _configs(config, swept, box, num_workers)
         found += [_ours(box, one, scheduler_of) for one in configs]
-        for kind in REPLICAS:
-            arm = baseline_arm(kind, box, 0, num_workers, config)
-            if arm.engine not in [one.arm.engine for one in found if _is_plain(one)]:  # type: ignore[union-attr]
-                found.append(_plain(box, arm))
+        arms = [replicas_arm(box, num_workers, tokens) for tokens in REPLICA_STEPS]
+        # Of equal engines one, by the first of their names.
+        by_engine = {arm.engine: arm for arm in reversed(arms)}
+        found += [_plain(box, arm) for arm in arms if by_engine[arm.engine] is arm]
     return found
-
-
-def _is_plain(candidate: Candidate) -> bool:
-    return isinstance(candidate.arm, ReplicasArm)
 
 
 def _ours(box: Box, config: ServeConfig, scheduler_of: SchedulerOf) -> Candidate:
@@ -116,56 +109,39 @@ def _ours(box: Box, config: ServeConfig, scheduler_of: SchedulerOf) -> Candidate
     return Candidate(arm=arm, config=config, box=box.name, num_devices=num_devices)
 
 
-def _plain(box: Box, arm: Arm) -> Candidate:
-    assert isinstance(arm, ReplicasArm)
+def _plain(box: Box, arm: ReplicasArm) -> Candidate:
     num_devices = box.num_devices * arm.num_replicas
     return Candidate(arm=arm, config=None, box=box.name, num_devices=num_devices)
 
 
 def _configs(
     config: ServeConfig, swept: Mapping[str, Sequence[str]], box: Box, num_workers: int
-) -> Iterator[ServeConfig]:
-    """Every mix of workers under every mix of the swept values. A box of one worker computes
-    everything whole, whatever `route` says."""
-    size = {"tensor_parallel_size": box.num_devices}
-    seen = set()
+) -> list[ServeConfig]:
+    """Every mix of workers under every mix of the swept values, each once. One worker alone
+    computes everything whole, whatever `route` says. Raises `StartError`."""
+    found: dict[str, ServeConfig] = {}
     for values in itertools.product(*swept.values()):
-        words = dict(zip(swept, values, strict=True))
-        for num_prefill in _nums_of_prefill(num_workers, words.get("route", config.route)):
-            if num_workers == 1:
-                words["route"] = "whole"
-            given = {"prefill": num_prefill, "decode": num_workers - num_prefill, **size}
-            one = configured(config, words | given)
-            if simulated_key(one) not in seen:
-                seen.add(simulated_key(one))
-                yield one
-
-
-def _nums_of_prefill(num_workers: int, route: str) -> range:
-    if route == "whole" or num_workers == 1:
-        return range(1)
-    return range(1, num_workers)
+        words: dict[str, Any] = dict(zip(swept, values, strict=True))
+        route = "whole" if num_workers == 1 else words.get("route", config.route)
+        for num_prefill in range(1) if route == "whole" else range(1, num_workers):
+            words |= {"route": route, "prefill": num_prefill, "decode": num_workers - num_prefill}
+            one = configured(config, words | {"tensor_parallel_size": box.num_devices})
+            found.setdefault(serve_line(one), one)
+    return list(found.values())
 
 
 def configured(config: ServeConfig, words: Mapping[str, Any]) -> ServeConfig:
     """The configuration with these values, given as a command line would. Raises `StartError`."""
-    from msgspec import ValidationError, convert, to_builtins
-
-    plain = to_builtins(config)
-    for name, word in words.items():
-        if name not in plain:
+    for name in words:
+        if name not in ServeConfig.__struct_fields__:
             raise StartError(f"tinfer serve has no option --{name.replace('_', '-')}")
-        try:
-            lax = convert({name: word}, dict[str, Any])
-            plain[name] = getattr(convert(plain | lax, ServeConfig, strict=False), name)
-        except ValidationError as error:
-            raise StartError(f"bad option: {error}") from error
-    return load(plain)
-
-
-def simulated_key(config: ServeConfig) -> str:
-    """Equal for configurations that are the same command."""
-    return serve_line(config)
+    try:
+        given = msgspec.convert(
+            {**msgspec.structs.asdict(config), **words}, ServeConfig, strict=False
+        )
+    except msgspec.ValidationError as error:
+        raise StartError(f"bad option: {error}") from error
+    return load(msgspec.structs.asdict(given))
 
 
 def serve_line(config: ServeConfig) -> str:
@@ -198,7 +174,7 @@ def goal_of(
 
 
 def parse_slo(words: Sequence[str]) -> Slo | str:
-    """`loose`, `tight`, or `NAME:MILLISECONDS` words of ttft, tpot and e2el. Raises `ValueError`."""
+    """`loose`, `tight`, or words as ttft:MILLISECONDS, tpot and e2el. Raises `ValueError`."""
     if len(words) == 1 and words[0] in TPOT_FACTORS:
         return words[0]
     bounds: dict[str, float] = {}
@@ -238,35 +214,53 @@ def guessed_rps(engine: EngineSpec, num_engines: int, requests: Sequence[SimRequ
     return num_engines / (prompt_s + answers * step_s / batch)
 
 
-def search(task: Task) -> Found:
-    """The highest rate of one candidate: doubled or halved until enclosed, then bisected."""
+def highest_rate(first_rps: float, passes: Callable[[float], bool]) -> float | None:
+    """The highest rate that passes, within `TOLERANCE`; None where none does.
+
+    Doubled or halved until enclosed, then bisected; the middle is that of a ratio. Of rates that do
+    not pass in order it finds one that passes with one near above it that does not.
+    """
     low: float | None = None
     high: float | None = None
-    best: Sequence[SimRun] = ()
-    rate_rps = task.first_rps
-    for num_probes in range(1, MAX_PROBES + 1):
-        runs = probed(task, rate_rps)
-        if task.goal.met_by(runs):
-            low, best = rate_rps, runs
+    rate_rps = first_rps
+    for _ in range(MAX_PROBES):
+        if passes(rate_rps):
+            low = rate_rps
         else:
             high = rate_rps
-        if low is None and rate_rps <= LEAST_SHARE * task.first_rps:
-            break
         if high is None:
             rate_rps = 2.0 * rate_rps
         elif low is None:
             rate_rps = rate_rps / 2.0
+            if rate_rps < LEAST_SHARE * first_rps:
+                break
         elif high / low <= TOLERANCE:
             break
         else:
             rate_rps = math.sqrt(low * high)
-    if low is None:
-        return Found(rate_rps=None, share=None, figures={}, num_probes=num_probes)
+    return low
+
+
+def search(task: Task) -> Found:
+    """The highest rate at which one candidate reaches the goal."""
+    runs_at: dict[float, list[SimRun]] = {}
+
+    def passes(rate_rps: float) -> bool:
+        runs = probed(task, rate_rps)
+        is_good = good_share(runs, task.goal.slos) >= task.goal.share
+        # Only of rates that pass one can be the answer.
+        runs_at[rate_rps] = runs if is_good else []
+        return is_good
+
+    rate_rps = highest_rate(task.first_rps, passes)
+    if rate_rps is None:
+        return Found(rate_rps=None, share=None, figures={}, num_probes=len(runs_at))
+    best = runs_at[rate_rps]
     return Found(
-        rate_rps=low,
+        rate_rps=rate_rps,
         share=good_share(best, task.goal.slos),
         figures=_mean_figures(best),
-        num_probes=num_probes,
+        num_probes=len(runs_at),
     )
 
 
@@ -325,8 +319,3 @@ def margin(first: Ranked | None, other: Ranked | None) -> float | None:
 def best_of(order: Sequence[Ranked], plain: bool) -> Ranked | None:
     """The best of the plain replicas, or of tinfer's configurations."""
     return next((one for one in order if (one.candidate.config is None) is plain), None)
-
-
-def without_rate(source: Source) -> Source:
-    """The source, its own rate forgotten: a search sets it. Deeper draws come from its seed."""
-    return replace(source, rate_rps=None)

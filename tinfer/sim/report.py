@@ -30,7 +30,9 @@ from tinfer.sim.results import (
     RECIPROCAL_FORM,
     RequestResult,
     SimRun,
+    Slo,
     Slos,
+    WorkerResult,
     figures_of,
     ratios_of,
 )
@@ -90,7 +92,7 @@ def result_of(
         "settings": dict(settings),
         "num_requests": len(requests),
         "offered_rate": len(requests) / last_s if last_s > 0.0 else None,
-        "slos_ms": {level: _slos_ms(by_task) for level, by_task in slos.items()},
+        "slos_ms": {level: slos_ms(by_task) for level, by_task in slos.items()},
         "baseline": None if baseline is None else arms[baseline].name,
         "arms": shown,
     }
@@ -143,13 +145,14 @@ def _mean_ms(requests: Sequence[RequestResult], name: str) -> float | None:
     return _MS * math.fsum(known) / len(known) if known else None
 
 
-def _worker(one: Any) -> dict[str, Any]:
+def _worker(one: WorkerResult) -> dict[str, Any]:
     fields = msgspec.structs.asdict(one)
     del fields["work"]
     return fields
 
 
-def _slos_ms(by_task: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+def slos_ms(by_task: Mapping[str, Slo]) -> dict[str, dict[str, float | None]]:
+    """The bounds of each class in milliseconds."""
     return {
         task: {
             f"{name}_ms": None if bound is None else _MS * bound

@@ -81,8 +81,8 @@ class World:
         self.num_open -= 1
 
     def run(self, driver: Driver) -> None:
-        """Until every request has ended and every engine is idle. Raises `SimulationError` where
-        that never comes."""
+        """Until every request has ended and nothing goes on. Raises `SimulationError` where that
+        never comes, or where an engine holds anything then."""
         idle_s = 0.0
         while True:
             self._plan()
@@ -107,6 +107,9 @@ class World:
                 self._call(driver, heapq.heappop(self._callers)[2], now_s)
         if self.num_open:
             self._stuck()
+        for engine in self.engines:
+            if not engine.is_idle or engine.pool.num_free != engine.spec.num_blocks:
+                raise SimulationError(f"{engine.worker_id} holds blocks at the end")
 
     def _plan(self) -> None:
         for engine in self.engines:

@@ -1,6 +1,5 @@
-"""What this box measured of itself for a model: `tinfer tune` makes it, server and simulator read it.
+"""What was measured of this box for a model, kept for the server and the simulator.
 
-`points` are the measurements, `fit` and `chunk` what follows from them, `tuning` all of it as one
-file and `store` where those files are. `measure` gets the points from running workers. Reading a
-stored tuning needs `store` and `identity` only, which load nothing heavy.
+`tinfer tune` measures (`tinfer.tuner`) and stores a `Tuning` here; `store.load_for` finds it again.
+`points` are the measurements, `fit` and `chunk` what follows from them, `table` and `plots` show it.
 """

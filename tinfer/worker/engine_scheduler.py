@@ -120,13 +120,12 @@ class EngineScheduler(Scheduler):
         self.num_scheduled_tokens = scheduled.total_num_scheduled_tokens
         for request_id, num_tokens in scheduled.num_scheduled_tokens.items():
             request = self.requests[request_id]
-            end = request.num_computed_tokens  # as of after the step
-            start = end - num_tokens
-            if request.num_output_tokens and _needs_one_token(request, start):
-                continue
+            if num_tokens == 1 and request.num_output_tokens and not request.is_prefill_chunk:
+                continue  # it decodes
             self.counts["num_computed_prompt_tokens"] += num_tokens
+            end = request.num_computed_tokens  # as of after the step
             if _has_source(request) and not request.num_preemptions:
-                num_spared = min(end, request.num_prompt_tokens - 1) - start
+                num_spared = min(end, request.num_prompt_tokens - 1) - (end - num_tokens)
                 self.counts["num_recomputed_pulled_tokens"] += max(0, num_spared)
             if request.is_prefill_chunk:
                 computed_tokens = min(end, request.num_prompt_tokens)

@@ -18,8 +18,6 @@ from tinfer.core.sampling import SamplingSpec
 from tinfer.errors import StartError
 from tinfer.wire import messages as wire
 
-Kind = str
-
 
 class Received(NamedTuple):
     """A worker's message, and when it came (monotonic seconds)."""
@@ -58,7 +56,6 @@ class SeenStep(NamedTuple):
 class _Request(Struct):
     prompt_tokens: int
     computed_tokens: int = 0
-    source: wire.Source | None = None
 
 
 class Driver:
@@ -74,30 +71,23 @@ class Driver:
         self._before_at_s: float | None = None
         self._num_started = 0
 
-    def prompt(self, num_tokens: int) -> bytes:
-        """Random token ids, as `Start` has them: no prefix of another one, as long as chance is
-        chance."""
-        ids = [self._rng.randrange(self.ready.vocab_size) for _ in range(num_tokens)]
-        return np.asarray(ids, dtype="<i4").tobytes()
-
-    def start(self, prompt_tokens: int, output_tokens: int) -> str:
-        """A request that stays on this worker and ends by its length; returns its id."""
-        self._num_started += 1
-        request_id = f"{self._worker_id}/{self._num_started}"
-        self._requests[request_id] = _Request(prompt_tokens)
-        sampling = SamplingSpec(max_tokens=output_tokens, temperature=0.0, ignore_eos=True)
-        prompt = self.prompt(prompt_tokens)
-        self._workers.send(self._worker_id, wire.Start(request_id, "whole", prompt, sampling))
-        return request_id
+    def start(self, prompt_tokens: int, output_tokens: int, num_requests: int = 1) -> None:
+        """Requests that stay on this worker and end by their length. All prompts are there before
+        the first is sent, so that few steps begin without some of them."""
+        starts = []
+        for _ in range(num_requests):
+            self._num_started += 1
+            request_id = f"{self._worker_id}/{self._num_started}"
+            self._requests[request_id] = _Request(prompt_tokens)
+            prompt = random_prompt(prompt_tokens, self.ready.vocab_size, self._rng)
+            sampling = fixed_length(output_tokens)
+            starts.append(wire.Start(request_id, "whole", prompt, sampling))
+        for start in starts:
+            self._workers.send(self._worker_id, start)
 
     def limit_prefill(self, tokens: int | None) -> None:
         """At most so many prompt tokens per step from the next one on."""
         self._workers.send(self._worker_id, wire.SetBudget(tokens))
-
-    @property
-    def num_open(self) -> int:
-        """Requests that have not ended."""
-        return len(self._requests)
 
     async def step(self) -> SeenStep | None:
         """The next step; None once the worker has become idle. Raises `StartError`."""
@@ -156,3 +146,13 @@ class Driver:
         start = max(request.computed_tokens, cached_tokens)
         request.computed_tokens = to_tokens
         return (to_tokens - start) * (start + to_tokens) / 2.0
+
+
+def random_prompt(num_tokens: int, vocab_size: int, rng: random.Random) -> bytes:
+    """Token ids as `Start` has them. Random, so that no prefix cache knows them."""
+    return np.asarray([rng.randrange(vocab_size) for _ in range(num_tokens)], "<i4").tobytes()
+
+
+def fixed_length(output_tokens: int) -> SamplingSpec:
+    """Greedy, and exactly so many tokens."""
+    return SamplingSpec(max_tokens=output_tokens, temperature=0.0, ignore_eos=True)
