@@ -81,11 +81,12 @@ def ratio_cell(one: Mapping[str, Any]) -> str:
 
 
 def ratios(points: list[Point], kinds: Mapping[str, str]) -> Iterator[str]:
-    """Everything but the replicas themselves, beside the better of them."""
+    """Everything but the replicas, beside the better of them; replicas where there is no other."""
+    others = {arm for arm, kind in kinds.items() if not kind.startswith("replicas")}
     yield from head("workload", "load", "arm", *(heading for heading, _ in RATIOS))
     for point in points:
         for arm in sorted(point["arms"]):
-            if not kinds[arm].startswith("replicas"):
+            if arm in others or (not others and arm != point["baseline"]):
                 cells = (ratio_cell(point["arms"][arm][name]) for _, name in RATIOS)
                 yield row(point["workload"], f"{point['load']:.0%}", arm, *cells)
 
