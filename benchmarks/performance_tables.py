@@ -1,19 +1,22 @@
-"""The tables of docs/performance.md, as Markdown, from a result of `tinfer bench compare`.
+"""Writes the tables of docs/performance.md from results of `tinfer bench compare`.
 
-    python benchmarks/performance_tables.py benchmarks/results/compare_cpu.json
+    python benchmarks/performance_tables.py
 
-A test holds the document against what this prints.
+A test holds the document against what this would write.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
 Point = Mapping[str, Any]
+_TABLE = re.compile(r"<!-- table (?P<file>\S+) (?P<name>[\w ]+) -->.*?<!-- end -->", re.DOTALL)
 # Heading, metrics of one cell, factor, and how a number is shown.
 VALUES = (
     ("TTFT mean / p99 (ms)", ("mean_ttft_ms", "p99_ttft_ms"), 1.0, ".0f"),
@@ -54,7 +57,7 @@ def value_cell(metrics: Mapping[str, Any], names: tuple[str, ...], factor: float
 def values(points: list[Point]) -> Iterator[str]:
     """What every arm did, a table per workload."""
     for workload in dict.fromkeys(point["workload"] for point in points):
-        yield from ("", f"### {workload}", "")
+        yield from ("", f"**{workload}**", "")
         yield from head("load", "arm", *(heading for heading, *_ in VALUES))
         for point in points:
             if point["workload"] != workload:
@@ -78,11 +81,12 @@ def ratio_cell(one: Mapping[str, Any]) -> str:
 
 
 def ratios(points: list[Point], kinds: Mapping[str, str]) -> Iterator[str]:
-    """Everything but the replicas themselves, beside the better of them."""
+    """Everything but the replicas, beside the better of them; replicas where there is no other."""
+    others = {arm for arm, kind in kinds.items() if not kind.startswith("replicas")}
     yield from head("workload", "load", "arm", *(heading for heading, _ in RATIOS))
     for point in points:
         for arm in sorted(point["arms"]):
-            if not kinds[arm].startswith("replicas"):
+            if arm in others or (not others and arm != point["baseline"]):
                 cells = (ratio_cell(point["arms"][arm][name]) for _, name in RATIOS)
                 yield row(point["workload"], f"{point['load']:.0%}", arm, *cells)
 
@@ -106,6 +110,28 @@ def full_loads(result: Mapping[str, Any]) -> Iterator[str]:
         yield row(workload, f"{found['rate_rps']:.2f}", arm, str(len(found["probes"])))
 
 
+def lines_of(lines: list[Any]) -> Iterator[str]:
+    """What tinfer loses or wins of the figures that the ratios show, farthest first."""
+    headline = dict((metric, heading) for heading, metric in RATIOS)
+    yield from head("workload", "load", "arm", "figure", "ratio to the better replicas")
+    for line in lines:
+        if line["metric"] not in headline:
+            continue
+        if line["ratio"] is not None:
+            text = f"{line['ratio']['value']:.2f}"
+            if line["ratio"]["low"] is not None:
+                text += f" [{line['ratio']['low']:.2f}, {line['ratio']['high']:.2f}]"
+        else:
+            text = f"{number(line['value'])} against {number(line['baseline_value'])}"
+        yield row(
+            line["workload"], f"{line['load']:.0%}", line["arm"], headline[line["metric"]], text
+        )
+
+
+def number(one: Mapping[str, Any] | None) -> str:
+    return "nothing" if one is None else f"{one['value']:.3g}"
+
+
 def tables(result: Mapping[str, Any]) -> dict[str, list[str]]:
     """Each table's lines, by name."""
     kinds = {arm["name"]: arm["kind"] for arm in result["arms"]}
@@ -114,14 +140,33 @@ def tables(result: Mapping[str, Any]) -> dict[str, list[str]]:
         "full load": list(full_loads(result)),
         "ratios": list(ratios(result["points"], kinds)),
         "values": list(values(result["points"])),
+        "losses": list(lines_of(result["losses"])),
+        "wins": list(lines_of(result["wins"])),
     }
+
+
+def written(document: str, folder: Path) -> str:
+    """The document with every table as its result file has it.
+
+    A table stands between `<!-- table FILE NAME -->` and `<!-- end -->`.
+    """
+    known: dict[str, dict[str, list[str]]] = {}
+
+    def table(found: re.Match[str]) -> str:
+        file, name = found.group("file"), found.group("name")
+        if file not in known:
+            known[file] = tables(json.loads((folder / file).read_text()))
+        lines = "\n".join(known[file][name]).strip("\n")
+        return f"<!-- table {file} {name} -->\n\n{lines}\n\n<!-- end -->"
+
+    return _TABLE.sub(table, document)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("result", type=Path)
-    for name, lines in tables(json.loads(parser.parse_args().result.read_text())).items():
-        print(f"<!-- {name} -->", *lines, "", sep="\n")
+    parser.add_argument("document", type=Path, nargs="?", default=ROOT / "docs" / "performance.md")
+    document = parser.parse_args().document
+    document.write_text(written(document.read_text(), ROOT / "benchmarks" / "results"))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,11 @@ bounded. Pure: `judge` looks at one probe, `RateSearch` says which rate to probe
 A probe offers Poisson arrivals for some seconds. Its queue is bounded if both hold:
 
 - over the second half of the arrivals the backlog (requests sent and not ended) grows, by its
-  least squares line, by at most `GROWTH_SHARE` of the offered rate: nine tenths are kept up with;
+  least squares line, by at most `GROWTH_SHARE` of what arrives: nine tenths are kept up with; or by
+  at most `GROWTH_SIGMAS` times the square root of its mean. What is looked at is the backlog
+  beyond that of a box on which every request takes so many times its unloaded time, the same
+  factor for all and set so that both backlogs have the same mean: arrivals that happen to come
+  closer together towards the end then look the same on both, and are no growth;
 - after the last arrival everything is answered within `DRAIN_UNLOADED` times the longest unloaded
   time of its classes (what the last one may take at the loose SLO's TPOT) and `DRAIN_SHARE` of the
   arrivals' time.
@@ -18,15 +22,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 from msgspec import Struct
 
 GROWTH_SHARE = 0.1
+GROWTH_SIGMAS = 0.5
 DRAIN_UNLOADED = 4.0
 DRAIN_SHARE = 0.1
 # Neighbouring rates of the search end up this close.
 TOLERANCE = 1.08
 MAX_PROBES = 12
 _NUM_LOOKS = 100
+_FACTORS = (1e-3, 1e3)
+_NUM_HALVINGS = 50
+
+Floats = npt.NDArray[np.float64]
 
 
 class Verdict(Struct, frozen=True):
@@ -47,24 +57,45 @@ def max_drain_s(arrivals_s: float, longest_unloaded_s: float) -> float:
 def judge(
     sent_s: Sequence[float],
     end_s: Sequence[float],
+    alone_s: Sequence[float],
     num_failed: int,
     longest_unloaded_s: float,
 ) -> Verdict:
-    """The verdict on a probe whose i-th request was sent and ended then.
+    """The verdict on a probe whose i-th request was sent and ended then, and takes `alone_s` alone.
 
     A request that was cut off because it did not end has its end where it was cut, and counts among
     `num_failed`. Failures alone make a probe unbounded: a refusal is a queue that was full.
     """
-    sent, end = np.sort(sent_s), np.sort(end_s)
-    last_s = float(sent[-1])
-    drain_s = float(end[-1]) - last_s
+    sent, end = np.asarray(sent_s), np.asarray(end_s)
+    last_s = float(sent.max())
+    drain_s = float(end.max()) - last_s
     allowed_s = max_drain_s(last_s, longest_unloaded_s)
     looks_s = np.linspace(last_s / 2, last_s, _NUM_LOOKS)
-    backlog = np.searchsorted(sent, looks_s, "right") - np.searchsorted(end, looks_s, "right")
-    growth_rps = float(np.polyfit(looks_s, backlog, 1)[0]) if last_s > 0 else 0.0
-    offered_rps = len(sent) / last_s if last_s > 0 else 0.0
-    bounded = num_failed == 0 and drain_s <= allowed_s and growth_rps <= GROWTH_SHARE * offered_rps
+    backlog = _backlog(looks_s, sent, end)
+    beyond = backlog - _evenly_slowed(looks_s, sent, np.asarray(alone_s), float(backlog.mean()))
+    growth_rps = float(np.polyfit(looks_s, beyond, 1)[0]) if last_s > 0 else 0.0
+    chance = GROWTH_SIGMAS * float(backlog.mean()) ** 0.5
+    allowed_growth = max(GROWTH_SHARE * len(sent) / 2, chance)
+    is_kept_up = growth_rps * last_s / 2 <= allowed_growth
+    bounded = num_failed == 0 and drain_s <= allowed_s and is_kept_up
     return Verdict(bounded, growth_rps, drain_s, allowed_s, num_failed)
+
+
+def _backlog(looks_s: Floats, sent: Floats, end: Floats) -> Floats:
+    """Requests sent and not ended at each of these times."""
+    num_sent = np.searchsorted(np.sort(sent), looks_s, "right")
+    num_ended = np.searchsorted(np.sort(end), looks_s, "right")
+    return np.asarray(num_sent - num_ended, dtype=np.float64)
+
+
+def _evenly_slowed(looks_s: Floats, sent: Floats, alone: Floats, mean: float) -> Floats:
+    """The backlog of a box that slows every request by the one factor that gives this mean."""
+    low, high = _FACTORS
+    for _ in range(_NUM_HALVINGS):
+        factor = (low * high) ** 0.5
+        backlog = _backlog(looks_s, sent, sent + factor * alone)
+        low, high = (factor, high) if backlog.mean() < mean else (low, factor)
+    return backlog
 
 
 class RateSearch:

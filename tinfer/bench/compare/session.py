@@ -29,7 +29,7 @@ from tinfer.bench.compare.samples import Sample, sample_of, work_of
 from tinfer.bench.compare.steps import Step
 from tinfer.bench.metrics import figures_of
 from tinfer.bench.options import BenchOptions
-from tinfer.bench.outcome import LoadRun, Planned
+from tinfer.bench.outcome import LoadRun, Outcome, Planned
 from tinfer.bench.plan import check_fits, plan_of, warm_ups_of
 from tinfer.bench.records import records_of
 from tinfer.bench.sender import Sender, open_session
@@ -237,6 +237,7 @@ class _Session:
             for task in WORKLOADS[workload].tasks
             if task in self.recorded.unloaded
         )
+        tasks = {request.request_id: request.task for request in requests}
         last_s = max(one.planned_s for one in planned)
         cut = asyncio.Event()
         # A queue that is not empty by then is judged; there is no need to see the end of it.
@@ -255,6 +256,7 @@ class _Session:
         verdict = judge(
             [one.sent_s for one in outcomes],
             [one.end_s for one in outcomes],
+            [self._alone_s(tasks[one.request_id], one) for one in outcomes],
             num_failed,
             longest_s,
         )
@@ -264,6 +266,11 @@ class _Session:
             f"{verdict.growth_rps:+.2f}/s, drained in {verdict.drain_s:.1f} s)"
         )
         return verdict
+
+    def _alone_s(self, task: str, outcome: Outcome) -> float:
+        """About what this request takes on an idle replica."""
+        one = self.recorded.unloaded[task]
+        return one.ttft_s + (outcome.asked_tokens - 1) * (one.tpot_s or 0.0)
 
     async def _run_steps(self) -> None:
         todo = plan.steps_of(self._options, list(self._arms))

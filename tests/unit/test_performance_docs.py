@@ -1,0 +1,34 @@
+"""The tables of docs/performance.md are what the committed results say."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from benchmarks.performance_tables import written
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENT = ROOT / "docs" / "performance.md"
+
+
+def test_the_tables_are_those_of_the_results() -> None:
+    document = DOCUMENT.read_text()
+    assert document.count("<!-- table ") >= 7
+    assert written(document, ROOT / "benchmarks" / "results") == document
+
+
+def test_a_table_is_made_from_its_file(tmp_path: Path) -> None:
+    found = {"Mixed": {"rate_rps": 2.0, "arm": None, "probes": []}}
+    nothing = {name: [] for name in ("arms", "points", "losses", "wins")}
+    result = {**nothing, "unloaded": {}, "slos": {}, "full_load": found}
+    (tmp_path / "a.json").write_text(json.dumps(result))
+    made = written("x <!-- table a.json full load -->old<!-- end --> y", tmp_path)
+    assert "| Mixed | 2.00 | given | 0 |" in made and "old" not in made and made.endswith("y")
+
+
+def test_its_links_lead_somewhere() -> None:
+    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", DOCUMENT.read_text())
+    assert targets
+    for target in targets:
+        assert (ROOT / "docs" / target).exists(), target
