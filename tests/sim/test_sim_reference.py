@@ -84,7 +84,7 @@ def histories(draw: st.DrawFn, block_tokens: int) -> list[Message]:
 
 
 class Seen(NamedTuple):
-    """All that can be seen of a run from outside."""
+    """All that can be seen of a run from outside, and when the reference's steps began."""
 
     events: list[tuple[float, str, str]]
     tokens_s: dict[str, list[float]]
@@ -92,6 +92,7 @@ class Seen(NamedTuple):
     num_preemptions: dict[str, int]
     totals: tuple[int, float, int, int]
     reports: dict[float, tuple[int, float, int, int]]
+    begun_s: set[float]
 
 
 def by_reference(spec: EngineSpec, messages: list[Message], looked_s: Collection[float]) -> Seen:
@@ -127,6 +128,7 @@ def by_reference(spec: EngineSpec, messages: list[Message], looked_s: Collection
             at_s: engine.history[bisect_left(engine.history, at_s, key=begin) - 1][1]
             for at_s in looked_s
         },
+        {at_s for at_s, _ in engine.history},
     )
 
 
@@ -182,6 +184,7 @@ def by_simulation(spec: EngineSpec, messages: list[Message], knows_all: bool) ->
         {name: ticket.num_preemptions for name, ticket in tickets.items()},
         engine.report(math.inf),
         reports,
+        set(),
     )
 
 
@@ -204,4 +207,8 @@ def test_it_does_what_a_plain_engine_does(
 ) -> None:
     messages = data.draw(histories(spec.block_tokens))
     seen = by_simulation(spec, messages, knows_all)
-    assert seen == by_reference(spec, messages, seen.reports)
+    expected = by_reference(spec, messages, seen.reports)
+    # At the very end of a step both answers are right: it is over, or what it gave is not seen yet.
+    for at_s in expected.begun_s & seen.reports.keys():
+        del seen.reports[at_s], expected.reports[at_s]
+    assert seen == expected._replace(begun_s=set())

@@ -27,6 +27,9 @@ FIELDS = {field.name: field for field in msgspec.structs.fields(ServeConfig)}
 VALUES: dict[str, Any] = {
     "port": 81,
     "gpu_memory_utilization": 0.5,
+    "ttft_deadline": 1.5,
+    "overflow_risk": 0.25,
+    "predictor_accuracy": 0.5,
     "fake_engine": {"step_s": 0.5, "num_blocks": 8.0},
     "served_model_name": ("a", "b/c"),
 }

@@ -38,8 +38,8 @@ def request(
     return made
 
 
-def worker(name: str = "d", capacity: Capacity = CAPACITY) -> Worker:
-    return Worker(name, 0, Role.DECODE, capacity, COSTS)
+def worker(name: str = "d", capacity: Capacity = CAPACITY, z: float = 0.0) -> Worker:
+    return Worker(name, 0, Role.DECODE, capacity, COSTS, z)
 
 
 def decoding(at: Worker, *requests: Request) -> Worker:
@@ -234,7 +234,7 @@ def test_reserve_dynamic_looks_at_the_end_of_the_shortest() -> None:
     at = decoding(worker(), request("short", 400, certain(50)), request("long", 300, certain(400)))
     # In 49 steps the short one is gone and the long one has 350: 1000 - 350 are free.
     assert ReserveDynamic().admits(request(prompt=190, lengths=certain(300)), at, 0.0)
-    assert not Peak(0.0).admits(request(prompt=400, lengths=certain(300)), at, 0.0)
+    assert not Peak().admits(request(prompt=400, lengths=certain(300)), at, 0.0)
     at = decoding(worker(), *(request(f"r{i}", 300, certain(200)) for i in range(2)))
     assert ReserveDynamic().admits(request(prompt=300, lengths=certain(90)), at, 0.0)
     assert not ReserveDynamic().admits(request(prompt=390, lengths=certain(200)), at, 0.0)
@@ -247,19 +247,20 @@ def test_peak_sees_what_lies_behind_the_first_end() -> None:
         request(prompt=250, lengths=certain(300)),
     )
     assert ReserveDynamic().admits(large, at, 0.0)
-    assert not Peak(0.0).admits(large, at, 0.0)
-    assert Peak(0.0).admits(small, at, 0.0)
+    assert not Peak().admits(large, at, 0.0)
+    assert Peak().admits(small, at, 0.0)
 
 
 def test_peak_leaves_room_for_what_is_not_known() -> None:
     unsure = Lengths((10, 300))
     at = decoding(worker(), *(request(f"r{i}", 80, unsure) for i in range(3)))
     newcomer = request(prompt=80, lengths=unsure)
-    assert Peak(0.0).admits(newcomer, at, 0.0)
-    assert not Peak(1.64).admits(newcomer, at, 0.0)
+    assert Peak().admits(newcomer, at, 0.0)
+    unsure_at = decoding(worker(z=1.64), *(request(f"r{i}", 80, unsure) for i in range(3)))
+    assert not Peak().admits(newcomer, unsure_at, 0.0)
 
 
-@pytest.mark.parametrize("policy", [Greedy(), ReserveStatic(), ReserveDynamic(), Peak(1.64)])
+@pytest.mark.parametrize("policy", [Greedy(), ReserveStatic(), ReserveDynamic(), Peak()])
 def test_an_empty_worker_takes_anything_and_a_full_house_nothing(policy: Greedy) -> None:
     huge = request(prompt=5000, lengths=certain(5000))
     assert policy.admits(huge, worker(), 0.0)
@@ -274,7 +275,7 @@ def test_with_perfect_prediction_peak_never_admits_more_than_fits() -> None:
         at = worker()
         for i in range(40):
             one = request(f"r{i}", rng.randrange(1, 200), certain(rng.randrange(1, 300)))
-            if Peak(0.0).admits(one, at, 0.0):
+            if Peak().admits(one, at, 0.0):
                 decoding(at, one)
         for _ in range(300):
             steps(at, 1)

@@ -147,3 +147,15 @@ def test_held_blocks_can_be_shared_and_outlive_the_lease() -> None:
     lone.run()
     assert lone.tickets["c"].cached_tokens == 4
     assert lone.num_free == 100
+
+
+def test_one_step_after_a_preemption_somebody_is_let_in_again() -> None:
+    lone = Lone(replace(CACHING, num_blocks=8, max_num_batched_tokens=5))
+    lone.start("a", prompt=5, out=10, hashes=HASHES[:2])
+    lone.start("b", prompt=4, out=3, at_s=7.0, hashes=HASHES[:2])
+    lone.run()
+    # b gives way at 10.875. Then both of its hashed blocks are a's, so one free block is enough,
+    # and its last two tokens are computed beside a's last one.
+    assert lone.tickets["b"].num_preemptions == 1
+    assert lone.tokens_s("a")[-2:] == [12.125, 13.625]
+    assert lone.tokens_s("b") == [9.375, 10.875, 13.625]

@@ -58,7 +58,7 @@ def why_not_admitted(request: Request, worker: Worker) -> str:
     needed_tokens = request.prompt_tokens + 1
     if needed_tokens > worker.free_tokens:
         return f"{worker.id} has room for {worker.free_tokens} of {needed_tokens} tokens"
-    share = worker.peak_with(request, 0.0).expected / max(1, worker.capacity_tokens)
+    share = worker.fresh_peak_with(request).expected / max(1, worker.capacity_tokens)
     return f"{worker.id} would fill {share:.0%} of its KV cache"
 
 

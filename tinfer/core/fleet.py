@@ -25,8 +25,9 @@ def can_hand_off(source: Role, reader: Role) -> bool:
 class Fleet:
     """Live incarnations, and the workers of which one is still to come."""
 
-    def __init__(self, costs: CostModel) -> None:
-        self.costs = costs
+    def __init__(self, costs: CostModel, overflow_z: float = 0.0) -> None:
+        self._costs = costs
+        self._overflow_z = overflow_z
         # Roles of the workers whose hand-offs wait for a reader with room.
         self.waiting_sources: set[Role] = set()
         self.workers: list[Worker] = []
@@ -55,7 +56,14 @@ class Fleet:
         if event.worker_id in self._by_id:
             raise LifecycleError(f"{event.worker_id}: up again before it was seen down")
         self._last_generation[event.worker_id] = event.generation
-        worker = Worker(event.worker_id, event.generation, event.role, event.capacity, self.costs)
+        worker = Worker(
+            event.worker_id,
+            event.generation,
+            event.role,
+            event.capacity,
+            self._costs,
+            self._overflow_z,
+        )
         self._by_id[worker.id] = worker
         self.expect(worker.id, worker.role)
         self._index()

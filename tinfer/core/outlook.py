@@ -56,6 +56,8 @@ class KvOutlook:
         # When each resident outlives the next of its ends.
         self._next_ends: list[tuple[float, int, str, Resident]] = []
         self._num_put = 0
+        # Changes with everything but the mere passing of steps.
+        self.version = 0
         self._last_step = 0.0
         self._num_offsets = 0
         self._long: dict[str, Resident] = {}
@@ -74,6 +76,7 @@ class KvOutlook:
         """It is gone; nothing happens for one that is not there."""
         resident = self._residents.pop(name, None)
         if resident is not None:
+            self.version += 1
             self._num_offsets -= resident.offset
             self._long.pop(name, None)
             self._count(resident, -1.0)
@@ -125,6 +128,7 @@ class KvOutlook:
         return Peak(expected, rare)
 
     def _put(self, name: str, resident: Resident) -> None:
+        self.version += 1
         self._residents[name] = resident
         self._num_offsets += resident.offset
         self._count(resident, 1.0)
@@ -172,6 +176,7 @@ class KvOutlook:
     def _roll(self, step_bin: int) -> None:
         """That bin is past: its place is taken by the one that comes into sight."""
         place = step_bin % NUM_BINS
+        self.version += 1
         self._means[place] = self._variances[place] = 0.0
         new_bin = step_bin + NUM_BINS
         step = new_bin * BIN_STEPS

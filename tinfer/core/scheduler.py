@@ -41,7 +41,7 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._max_num_queued_reqs = config.max_num_queued_reqs
-        self._fleet = Fleet(config.costs)
+        self._fleet = Fleet(config.costs, config.overflow_z)
         self._demand = Demand(DEMAND_MEMORY_S)
         self._policies = build_policies(config, self._fleet, self._demand)
         self._queues = self._policies.queues

@@ -36,6 +36,8 @@ class Worker:
     role: Role
     capacity: Capacity
     costs: CostModel = field(default_factory=CostModel)
+    # Standard deviations that `Peak.rare` lies above what is expected.
+    overflow_z: float = 0.0
     requests: dict[str, Request] = field(default_factory=dict)
     outstanding_prefill_tokens: int = 0
     prefilling: dict[str, Request] = field(default_factory=dict)
@@ -63,6 +65,8 @@ class Worker:
     # What all residents would hold if each answer were as long as it can be.
     most_kv_tokens: int = 0
     outlook: KvOutlook = field(default_factory=KvOutlook)
+    _last_asked: tuple[str, int] = ("", -1)
+    _last_peak: Peak = Peak(0.0, 0.0)
 
     def __post_init__(self) -> None:
         self.prefixes = PrefixIndex(self.capacity.num_blocks)
@@ -103,13 +107,17 @@ class Worker:
 
     def ahead_tokens(self, tokens: int) -> int:
         """Outstanding here of prompts that have no more left than that."""
-        return sum(
-            one.prefill_tokens for one in self.prefilling.values() if one.prefill_tokens <= tokens
-        )
+        return self.around(tokens)[0]
 
-    def num_longer(self, tokens: int) -> int:
-        """Prompts under way here that have more left than that."""
-        return sum(one.prefill_tokens > tokens for one in self.prefilling.values())
+    def around(self, tokens: int) -> tuple[int, int]:
+        """The same, and how many prompts here have more left than that."""
+        ahead_tokens = num_longer = 0
+        for one in self.prefilling.values():
+            if one.prefill_tokens <= tokens:
+                ahead_tokens += one.prefill_tokens
+            else:
+                num_longer += 1
+        return ahead_tokens, num_longer
 
     def blocks_for(self, request: Request) -> int:
         """KV blocks for the prompt and one more token."""
@@ -264,9 +272,20 @@ class Worker:
         tokens = request.prompt_tokens + 1 + self.capacity.block_tokens // 2
         return tokens, request.lengths.remaining(0)
 
-    def peak_with(self, request: Request, z: float) -> Peak:
-        """The highest KV use to come here with that request."""
-        return self.outlook.peak_with(*self.newcomer(request), z)
+    def peak_with(self, request: Request) -> Peak:
+        """The highest KV use to come here with that request.
+
+        Asked for again, it is as old as the last change here, at most `outlook.BIN_STEPS` steps.
+        """
+        asked = (request.id, self.outlook.version)
+        if asked != self._last_asked:
+            self._last_asked = asked
+            self._last_peak = self.fresh_peak_with(request)
+        return self._last_peak
+
+    def fresh_peak_with(self, request: Request) -> Peak:
+        """The same as of now, kept nowhere: for people, who must not change what is decided."""
+        return self.outlook.peak_with(*self.newcomer(request), self.overflow_z)
 
     def snapshot(self) -> WorkerSnapshot:
         return WorkerSnapshot(

@@ -281,7 +281,11 @@ class SimEngine:
             chunks += prompts
         if chunks:
             return self._pace.mixed(self.now_s, self.num_steps, chunks, self.batch)
-        return self._decode() if self.batch.num else None
+        if not self.batch.num:
+            return None
+        # After a preemption the next step may let somebody in.
+        num_steps = 1 if has_preempted else self._num_steps_alike()
+        return self._pace.decodes(self.now_s, self.num_steps, num_steps, self.batch)
 
     @property
     def _num_seats(self) -> int:
@@ -293,12 +297,10 @@ class SimEngine:
         left = self.spec.max_num_batched_tokens - self.batch.num
         return left if self.budget_tokens is None else min(left, self.budget_tokens)
 
-    def _decode(self) -> Stretch:
-        """As many steps as go on alike: until one finishes or blocks run out."""
-        num_steps = self.batch.steps_to_finish()
+    def _num_steps_alike(self) -> int:
+        """For how many steps the batch goes on as it is: until one finishes or blocks run out."""
         num_blocks = self.pool.num_free + self._taken_blocks
-        num_steps = self.batch.steps_within(num_blocks, num_steps)
-        return self._pace.decodes(self.now_s, self.num_steps, num_steps, self.batch)
+        return self.batch.steps_within(num_blocks, self.batch.steps_to_finish())
 
     def _join_ready(self) -> None:
         for job in self.queues.ready:

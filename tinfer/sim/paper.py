@@ -7,9 +7,9 @@ anything was compared, and is nowhere fitted to its results:
 - 128 requests for LPLD, LPHD and Mixed; 32 for HPLD and HPHD, as the plots look;
 - its vLLM is one engine on two GPUs with 16 sequences, and its own system two engines of that kind;
 - the emulated link is NVLink, which the published resource times belong to;
-- figure 16 is Mixed; figure 18 is 256 requests of LPHD or Mixed on a decode engine of 256 seats, so
-  that it is memory that binds; figure 19 has 32 heavy decodes in all, and as many light ones as make
-  32 per decode engine, which is what its heavy and light counts add up to;
+- figure 16 is Mixed; figure 18 is 256 requests of LPHD or Mixed; figure 19 has 32 heavy decodes in
+  all, and as many light ones as make 32 per decode engine, which is what its heavy and light counts
+  add up to, and tells them apart without error, as those counts do;
 - a client allows 2048 tokens, so that no length is given away by what was asked for.
 """
 
@@ -148,14 +148,13 @@ def tetri_arm(
     setting: Setting,
     predictor: str = "noisy-oracle",
     num_decode: int = 1,
-    num_seats: int = presets.PAPER_DECODE_NUM_SEQS,
 ) -> TinferArm:
     """One prefill engine beside `num_decode` decode engines, as the paper has them."""
     box = preset_box("paper")
-    decode = replace(box.decode, max_num_seqs=num_seats)
+    prefill = taxed(box.prefill, setting.predictor_tax)
     return TinferArm(
         name=name,
-        workers=presets.workers(taxed(box.prefill, setting.predictor_tax), 1, decode, num_decode),
+        workers=presets.workers(prefill, 1, box.decode, num_decode),
         scheduler=scheduler,
         predictor=predictor_spec(predictor, setting, scheduler.seed),
     )
@@ -211,7 +210,6 @@ def admission_arms(setting: Setting, seed: int) -> list[TinferArm | ReplicasArm]
             paper_scheduler(seed, decode_admission=admission),
             setting,
             predictor=prediction,
-            num_seats=presets.PAPER_REPLICA.max_num_seqs,
         )
         for prediction in PREDICTIONS
         for admission in ADMISSIONS
@@ -224,7 +222,7 @@ def choice_arms(setting: Setting, seed: int, num_decode: int) -> list[TinferArm 
     register_choices()
     ours = [
         tetri_arm(
-            choice, paper_scheduler(seed, decode_choice=choice), setting, num_decode=num_decode
+            choice, paper_scheduler(seed, decode_choice=choice), setting, "oracle", num_decode
         )
         for choice in CHOICES
     ]

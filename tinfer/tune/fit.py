@@ -24,8 +24,8 @@ class Fit(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The constants, and how far they are from what was measured.
 
     `errors` are mean absolute relative errors, by kind of step and `handoff`; a kind that was not
-    measured is left out. `handoff_measured` is false where there was one worker only: the hand-off's
-    constants are then the defaults of `CostModel`.
+    measured is left out. `handoff_measured` is false where there was one worker only: the constants
+    of a hand-off are then the defaults of `CostModel`.
     """
 
     costs: CostModel

@@ -14,8 +14,8 @@ class StepPoint(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Engine steps with one composition, in the words of `tinfer.core.costs.CostModel`.
 
     `prefill`: a prompt alone in one step; `later-chunk`: a chunk behind others of its prompt;
-    `decode`: only sequences that decode; `mixed`: a prompt in one step beside those. `samples_s` has
-    one entry per step, from its begin to the begin of what could follow it on that worker.
+    `decode`: only sequences that decode; `mixed`: a prompt in one step beside those. `samples_s`
+    has one entry per step, from its begin to the begin of what could follow it on that worker.
     """
 
     kind: StepKind

@@ -25,8 +25,8 @@ class Tuning(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     `identity` says for what it holds. `model` is the name or directory as the user gave it,
     `transport` how KV blocks moved, `versions` those of tinfer, Python and the engine's packages,
-    `date` when it was measured (UTC, ISO 8601), `repeats` and `seed` as asked for. `loop_s` is what a
-    worker spends between two steps on messages; it is part of every sample of a step.
+    `date` when it was measured (UTC, ISO 8601), `repeats` and `seed` as asked for. `loop_s` is what
+    a worker spends between two steps on messages; it is part of every sample of a step.
     """
 
     version: int = VERSION

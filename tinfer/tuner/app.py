@@ -1,4 +1,4 @@
-"""Runs `tinfer tune`: plans, measures, fits, stores, and makes nothing of it where it is broken off.
+"""Runs `tinfer tune`: plans, measures, fits; what is broken off leaves nothing.
 
 What is measured is a step of up to `max_chunk` prompt tokens, so the engines are built for steps of
 that size, and a bit of a GPU's KV cache goes to the larger step.

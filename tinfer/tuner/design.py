@@ -54,7 +54,7 @@ def prefill_sizes(room: KvRoom) -> list[int]:
 
 
 def chunked_prompts(room: KvRoom, chunk_tokens: int) -> list[tuple[int, int]]:
-    """(chunk, prompt) tokens for later chunks: of the size to serve with, and of a quarter of it."""
+    """(chunk, prompt) tokens for later chunks: of the size to serve with, and a quarter of it."""
     limit = min(room.max_model_len - 1, int(USED_SHARE * room.num_tokens))
     largest = min(chunk_tokens, room.step_tokens)
     found = []

@@ -90,22 +90,21 @@ class Driver:
         self._workers.send(self._worker_id, wire.SetBudget(tokens))
 
     async def step(self) -> SeenStep | None:
-        """The next step; None once the worker has become idle. Raises `StartError`."""
+        """The next step; None once all requests have ended. Raises `StartError`."""
+        if not self._requests:
+            self._before_at_s = None
+            return None
         while True:
             at_s, worker_id, message = await self._workers.receive()
             if worker_id != self._worker_id:
                 continue
-            match message:
-                case wire.Step():
-                    return self._seen(message, at_s)
-                case wire.Idle():
-                    self._before_at_s = None
-                    return None
-                case wire.Refused(message=words):
-                    raise StartError(f"the engine refused a measurement: {words}")
+            if isinstance(message, wire.Refused):
+                raise StartError(f"the engine refused a measurement: {message.message}")
+            if isinstance(message, wire.Step):
+                return self._seen(message, at_s)
 
-    async def steps_until_idle(self) -> list[SeenStep]:
-        """All steps until nothing is left to compute."""
+    async def steps_to_end(self) -> list[SeenStep]:
+        """All steps until all requests have ended."""
         seen = []
         while (step := await self.step()) is not None:
             seen.append(step)

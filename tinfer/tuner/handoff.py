@@ -10,8 +10,8 @@ from typing import NamedTuple
 import msgspec
 
 from tinfer.errors import StartError
-from tinfer.tuner.driver import Received, Workers, fixed_length, random_prompt
 from tinfer.tune.points import HandoffPoint
+from tinfer.tuner.driver import Received, Workers, fixed_length, random_prompt
 from tinfer.tuner.rounds import Progress, rounds
 from tinfer.wire import messages as wire
 
@@ -59,8 +59,8 @@ class HandoffDriver:
         self._num_started = 0
 
     async def hand_off(self, tokens: int) -> Handoff:
-        """Returns when both workers are idle again. Raises `StartError` if the reader could not get
-        the blocks."""
+        """Returns when both workers are done with it. Raises `StartError` if the reader could not
+        get the blocks."""
         self._num_started += 1
         request_id = f"handoff/{self._num_started}"
         prompt = random_prompt(tokens, self._workers.ready[self._owner].vocab_size, self._rng)
@@ -71,7 +71,7 @@ class HandoffDriver:
             prefill, kind="decode", source=first.source, first_token=first.token_ids[0]
         )
         self._workers.send(self._reader, decode)
-        at_s, done = await self._until_idle()
+        at_s, done = await self._ends()
         if not done.ok:
             raise StartError(f"the hand-off failed: {done.reason}")
         return Handoff(at_s - ordered_s, done.copy_s, done.num_bytes)
@@ -85,17 +85,19 @@ class HandoffDriver:
                     raise StartError(f"the prefill ended by {output.finish_reason}, without blocks")
                 return at_s, output
 
-    async def _until_idle(self) -> tuple[float, wire.PullDone]:
-        """When the news of the pull came, and the news; which of the three ends comes first is
-        open."""
+    async def _ends(self) -> tuple[float, wire.PullDone]:
+        """When the news of the pull came, and the news; the order of the three ends is open."""
         pulled: tuple[float, wire.PullDone] | None = None
-        busy = {self._owner, self._reader}
-        while busy or pulled is None:
-            at_s, worker_id, message = await self._receive()
-            if isinstance(message, wire.PullDone):
-                pulled = at_s, message
-            elif isinstance(message, wire.Idle):
-                busy.discard(worker_id)
+        is_answered = is_released = False
+        while not (pulled and is_answered and is_released):
+            at_s, _, message = await self._receive()
+            match message:
+                case wire.PullDone():
+                    pulled = at_s, message
+                case wire.Step(outputs=outputs):
+                    is_answered |= any(one.finish_reason is not None for one in outputs)
+                case wire.LeasesEnded():
+                    is_released = True
         return pulled
 
     async def _receive(self) -> Received:

@@ -6,10 +6,10 @@ import random
 
 from msgspec import Struct
 
+from tinfer.tune.points import HandoffPoint, KvRoom, StepPoint
 from tinfer.tuner import design
 from tinfer.tuner.driver import Driver, Workers
 from tinfer.tuner.handoff import HandoffDriver, handoffs
-from tinfer.tune.points import HandoffPoint, KvRoom, StepPoint
 from tinfer.tuner.rounds import Progress
 from tinfer.tuner.stages import Stages
 

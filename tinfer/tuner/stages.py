@@ -6,11 +6,11 @@ import statistics
 from collections.abc import Sequence
 
 from tinfer.errors import StartError
-from tinfer.tuner import design
 from tinfer.tune.chunk import choose_chunk
+from tinfer.tune.points import KvRoom, StepPoint
+from tinfer.tuner import design
 from tinfer.tuner.design import Batch, MixedStep
 from tinfer.tuner.driver import Driver, SeenStep
-from tinfer.tune.points import KvRoom, StepPoint
 from tinfer.tuner.rounds import Progress, rounds
 
 # A prompt whose step took so long is the last and largest of the curve.
@@ -115,7 +115,7 @@ class Stages:
     async def _decodes(self, batches: Sequence[Batch]) -> list[StepPoint]:
         async def visit(batch: Batch) -> list[SeenStep]:
             self._start(batch)
-            steps = await self._driver.steps_until_idle()
+            steps = await self._driver.steps_to_end()
             whole = [s for s in steps if _has_all(s, batch) and not s.prefill_tokens]
             return whole[design.NUM_SETTLING_STEPS :]
 
@@ -169,7 +169,7 @@ class Stages:
 
     async def _run(self, prompt_tokens: int, output_tokens: int) -> list[SeenStep]:
         self._driver.start(prompt_tokens, output_tokens)
-        return await self._driver.steps_until_idle()
+        return await self._driver.steps_to_end()
 
     def _alone_s(self, step: SeenStep) -> float:
         """A step after which nothing came has no period; the loop's share is added instead."""

@@ -60,12 +60,9 @@ class ReserveDynamic:
 class Peak:
     """Admit while the KV in use will rarely exceed what there is, at its highest from now on.
 
-    `z` is how many standard deviations above the expected peak have to fit: 1.64 bounds the
-    probability of an overflow at the peak to about 5 %.
+    How rarely is `SchedulerConfig.overflow_z`, in standard deviations above the expected peak that
+    have to fit: 1.64 bounds the probability of an overflow at the peak to about 5 %.
     """
-
-    def __init__(self, z: float) -> None:
-        self._z = z
 
     def admits(self, request: Request, worker: Worker, now_s: float) -> bool:
         if not worker.has_seat:
@@ -77,7 +74,7 @@ class Peak:
             worker.capacity_tokens
         ):
             return True  # even if every answer were as long as it can be
-        return worker.peak_with(request, self._z).rare <= worker.capacity_tokens
+        return worker.peak_with(request).rare <= worker.capacity_tokens
 
 
 def _fits(tokens: int, worker: Worker) -> bool:

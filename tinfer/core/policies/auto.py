@@ -144,9 +144,9 @@ def prefill_cost(request: Request, worker: Worker, ahead_tokens: int, num_taking
     chunk_tokens = worker.capacity.chunk_tokens
     alone_s = worker.costs.prefill_s(request.prompt_tokens, chunk_tokens)
     num_new = worker.uncached_tokens(request)
-    before_tokens = worker.ahead_tokens(num_new) + ahead_tokens // max(1, num_taking)
+    before_tokens, longer = worker.around(num_new)
+    before_tokens += ahead_tokens // max(1, num_taking)
     own_s = worker.prefill_s(num_new + before_tokens)
-    longer = worker.num_longer(num_new)
     if longer:  # the step under way ends first
         own_s += worker.prefill_s(worker.step_prefill_tokens) / 2.0
     taken_s = worker.costs.prefill_token_s * num_new * worker.slowness

@@ -69,7 +69,7 @@ def crowding(request: Request, worker: Worker) -> float:
         capacity_tokens // 2
     ):
         return 0.0  # even if every answer were as long as it can be
-    over = worker.peak_with(request, 0.0).expected / capacity_tokens - 0.5
+    over = worker.peak_with(request).expected / capacity_tokens - 0.5
     return 40.0 * over * over if over > 0.0 else 0.0
 
 

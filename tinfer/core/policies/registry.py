@@ -51,7 +51,7 @@ DECODE_ADMISSIONS: dict[str, Factory[DecodeAdmission]] = {
     "greedy": lambda config: Greedy(),
     "reserve-static": lambda config: ReserveStatic(),
     "reserve-dynamic": lambda config: ReserveDynamic(),
-    "peak": lambda config: Peak(config.overflow_z),
+    "peak": lambda config: Peak(),
 }
 BUDGETS: dict[str, Factory[BudgetPolicy]] = {
     "whole-chunks": lambda config: WholeChunks(),
