@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import platform
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,16 +22,18 @@ from typing import Any
 from msgspec import Struct, to_builtins
 
 import tinfer
+from tinfer.core.lengths import HEAVY_TOKENS
 from tinfer.sim import paper
 from tinfer.sim.arms import run_arm
 from tinfer.sim.paired import Estimate, mean_of
 from tinfer.sim.parallel import default_jobs, done_in_parallel
 from tinfer.sim.plots import figure, saved
-from tinfer.sim.report import encoded, table
+from tinfer.sim.report import encoded, number, table
 from tinfer.sim.results import SimRun, figures_of
 from tinfer.sim.spec import SimRequest
 
 METRICS = {"ttft": "mean_ttft_ms", "e2el": "mean_e2el_ms", "resource": "resource_s"}
+UNITS = {"ttft": "ms", "e2el": "ms", "resource": "device-s"}
 WORDS = {"ttft": "TTFT", "e2el": "JCT", "resource": "resource"}
 ADMISSION_WORKLOADS = ("LPHD", "Mixed")
 TABLE, ORDERS, ADMISSIONS, CHOICES = "table", "figure 16", "figure 18", "figure 19"
@@ -66,7 +70,7 @@ def tasks_of(seeds: Sequence[int], setting: paper.Setting) -> list[Task]:
 def simulated(task: Task) -> Done:
     """All arms of one task."""
     requests, arms = _requests(task), _arms(task)
-    return {arm.name: traced(run_arm(arm, requests, task.seed), arm.name) for arm in arms}
+    return {arm.name: traced(run_arm(arm, requests, task.seed)) for arm in arms}
 
 
 def _requests(task: Task) -> tuple[SimRequest, ...]:
@@ -93,7 +97,7 @@ def _arms(task: Task) -> Sequence[Any]:
             return paper.choice_arms(task.setting, task.seed, int(task.case))
 
 
-def traced(run: SimRun, name: str) -> dict[str, float]:
+def traced(run: SimRun) -> dict[str, float]:
     """The figures of a run, and where its requests' time went, in seconds."""
     whole = [one for one in run.requests if one.ok]
     figures = figures_of(run)
@@ -109,6 +113,11 @@ def traced(run: SimRun, name: str) -> dict[str, float]:
         for one in whole
     )
     figures["split_share"] = sum(one.route == "split" for one in whole) / max(1, len(whole))
+    heavy = Counter(one.workers[-1] for one in whole if one.output_tokens > HEAVY_TOKENS)
+    slowest, figures["most_heavy"] = max(heavy.items(), key=itemgetter(1), default=("", 0))
+    figures["light_beside"] = sum(
+        one.workers[-1] == slowest and one.output_tokens <= HEAVY_TOKENS for one in whole
+    )
     return figures
 
 
@@ -150,6 +159,7 @@ def _cells(workload: str, arms: Mapping[str, list[dict[str, float]]]) -> Iterato
         ours = change(arms[paper.TETRI], arms[paper.VLLM], metric)
         theirs = getattr(published, name)
         is_scored = name in published.scored
+        base = fmean(one[metric] for one in arms[paper.VLLM])
         yield {
             "workload": workload,
             "metric": name,
@@ -159,6 +169,8 @@ def _cells(workload: str, arms: Mapping[str, list[dict[str, float]]]) -> Iterato
             "scored": is_scored,
             "points": published.points,
             "inside": None if not is_scored else abs(ours.value - theirs) <= published.points,
+            "implied": None if theirs is None else base * (1.0 + theirs / 100.0),
+            "found": fmean(one[metric] for one in arms[paper.TETRI]),
             "replicas": to_builtins(change(arms[paper.REPLICAS], arms[paper.VLLM], metric)),
             "auto": to_builtins(change(arms[paper.AUTO], arms[paper.VLLM], metric)),
             "to_replicas": to_builtins(change(arms[paper.TETRI], arms[paper.REPLICAS], metric)),
@@ -237,12 +249,17 @@ def text(report: Mapping[str, Any]) -> Iterator[str]:
     yield from table(_arm_rows(report["arms"][ADMISSIONS], keys))
     yield ""
     yield "figure 19: decode workers, seconds until all is decoded"
-    yield from table(_choice_rows(report["arms"][CHOICES]))
+    yield from table(_choice_rows(report["arms"][CHOICES], "makespan_s", paper.FIGURE_19_S))
+    yield "mean JCT in ms"
+    yield from table(_choice_rows(report["arms"][CHOICES], "mean_e2el_ms", {}))
+    yield "heavy decodes on the worker with the most of them, and light ones beside"
+    yield from table(_beside_rows(report["arms"][CHOICES]))
 
 
 def _told(cell: Mapping[str, Any]) -> str:
     published = f"published {cell['published']:+.0f} %, {cell['points']:g} points allowed"
-    return f"{_points(cell['simulated'])}, {published}"
+    told = f"{number(cell['found'])} where {number(cell['implied'])} {UNITS[cell['metric']]}"
+    return f"{_points(cell['simulated'])}, {published}: {told} would be as published"
 
 
 def _points(one: Mapping[str, Any]) -> str:
@@ -308,14 +325,26 @@ def _admission_rows(found: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def _choice_rows(cases: Mapping[str, Any]) -> list[list[str]]:
-    nums = [str(num) for num in paper.NUMS_OF_DECODE]
-    rows = [["", *(f"{num} decode workers" for num in nums), "paper"]]
-    for arm in cases[nums[0]]:
-        mine = [_interval(cases[num][arm]["makespan_s"]) for num in nums]
-        published = [paper.FIGURE_19_S.get((arm, int(num))) for num in nums]
+def _choice_rows(
+    cases: Mapping[str, Any], metric: str, published: Mapping[tuple[str, int], float]
+) -> list[list[str]]:
+    nums = list(paper.NUMS_OF_DECODE)
+    rows = [["", *(f"{num} decode workers" for num in nums), *(["paper"] if published else [])]]
+    for arm in cases[str(nums[0])]:
+        mine = [_interval(cases[str(num)][arm][metric]) for num in nums]
+        theirs = [number(published.get((arm, num))) for num in nums]
+        rows.append([arm, *mine, *([" / ".join(theirs)] if published else [])])
+    return rows
+
+
+def _beside_rows(cases: Mapping[str, Any]) -> list[list[str]]:
+    nums = list(paper.NUMS_OF_DECODE)
+    rows = [["", *(f"{num} decode workers" for num in nums)]]
+    for arm in cases[str(nums[0])]:
+        mine = [cases[str(num)][arm] for num in nums]
+        keys = ("most_heavy", "light_beside")
         rows.append(
-            [arm, *mine, " / ".join("-" if one is None else f"{one:g}" for one in published)]
+            [arm, *(" / ".join(f"{one[key]['value']:.1f}" for key in keys) for one in mine)]
         )
     return rows
 

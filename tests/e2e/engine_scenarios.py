@@ -92,7 +92,7 @@ def pulls(model_dir: str) -> Record:
 def preemption(model_dir: str, num_blocks: int, num_rounds: int, tokens: int | None) -> Record:
     """All kinds at once, in rounds: each starts with another kind, so each has its turn as the
     youngest."""
-    engine = Stepped(model_dir, num_blocks, dtype="float32")
+    engine = Stepped(model_dir, num_blocks)
     engine.budget(tokens)
     kinds = list(KINDS)
     for number in range(num_rounds):
@@ -107,12 +107,12 @@ def preemption(model_dir: str, num_blocks: int, num_rounds: int, tokens: int | N
 def victim(model_dir: str) -> Record:
     """Memory for either of two: a prompt that goes on slowly, and a younger sequence that has
     overtaken it through a pull and grows."""
-    engine = Stepped(model_dir, num_blocks=14)
+    engine = Stepped(model_dir, num_blocks=16)
     source = engine.prefill("source", prompt(60, 1))
     engine.budget(1)
-    engine.start("prompt", prompt(200, 2), max_tokens=5)
+    engine.start("prompt", prompt(240, 2), max_tokens=5)
     engine.step(3)
-    engine.decode("grows", prompt(60, 1), source, max_tokens=190)
+    engine.decode("grows", prompt(60, 1), source, max_tokens=220)
     engine.until(lambda: "grows" in engine.record.finished)
     engine.budget(None)
     engine.drain()
@@ -121,8 +121,8 @@ def victim(model_dir: str) -> Record:
 
 def open_lease(model_dir: str) -> Record:
     """Blocks are missing while a lease is open whose reader does not come."""
-    engine = Stepped(model_dir, num_blocks=14)
-    source = engine.prefill("held", prompt(150, 1))
+    engine = Stepped(model_dir, num_blocks=16)
+    source = engine.prefill("held", prompt(200, 1))
     for number in range(2):
         engine.start(f"whole-{number}", prompt(32, number), max_tokens=130)
     engine.until(lambda: len(engine.record.finished) == 2)
@@ -135,8 +135,8 @@ def open_lease(model_dir: str) -> Record:
 
 def ending_lease(model_dir: str) -> Record:
     """Blocks are missing, but those of a lease that has just ended come back with this step."""
-    engine = Stepped(model_dir, num_blocks=14)
-    source = engine.prefill("held", prompt(150, 1))
+    engine = Stepped(model_dir, num_blocks=16)
+    source = engine.prefill("held", prompt(200, 1))
     for number in range(2):
         engine.start(f"whole-{number}", prompt(32, number), max_tokens=130)
     engine.until(lambda: engine.engine.stats().num_free_blocks == 0)

@@ -81,6 +81,9 @@ class Stepped:
         from tinfer.worker.engine import VllmEngine
 
         arguments = {
+            # What a preempted request computes again it computes in other shapes; in float32 the
+            # difference is far below what lies between two tokens of this model.
+            "dtype": "float32",
             "block_size": BLOCK_TOKENS,
             "num_gpu_blocks_override": num_blocks,
             "kv_cache_memory_bytes": 64 << 20,

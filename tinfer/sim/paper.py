@@ -7,9 +7,10 @@ anything was compared, and is nowhere fitted to its results:
 - 128 requests for LPLD, LPHD and Mixed; 32 for HPLD and HPHD, as the plots look;
 - its vLLM is one engine on two GPUs with 16 sequences, and its own system two engines of that kind;
 - the emulated link is NVLink, which the published resource times belong to;
-- figure 16 is Mixed; figure 18 is 256 requests of LPHD or Mixed; figure 19 has 32 heavy decodes in
-  all, and as many light ones as make 32 per decode engine, which is what its heavy and light counts
-  add up to, and tells them apart without error, as those counts do;
+- figure 16 is Mixed; figure 18 is 256 requests of LPHD or Mixed on a decode engine with a seat for
+  each, so that it is memory that binds; figure 19 has 32 heavy decodes in all, and as many light ones
+  as make 32 per decode engine, which is what its heavy and light counts add up to, and tells them
+  apart without error, as those counts do;
 - a client allows 2048 tokens, so that no length is given away by what was asked for.
 """
 
@@ -148,13 +149,16 @@ def tetri_arm(
     setting: Setting,
     predictor: str = "noisy-oracle",
     num_decode: int = 1,
+    num_seats: int = presets.PAPER_DECODE_NUM_SEQS,
 ) -> TinferArm:
     """One prefill engine beside `num_decode` decode engines, as the paper has them."""
     box = preset_box("paper")
     prefill = taxed(box.prefill, setting.predictor_tax)
     return TinferArm(
         name=name,
-        workers=presets.workers(prefill, 1, box.decode, num_decode),
+        workers=presets.workers(
+            prefill, 1, replace(box.decode, max_num_seqs=num_seats), num_decode
+        ),
         scheduler=scheduler,
         predictor=predictor_spec(predictor, setting, scheduler.seed),
     )
@@ -210,6 +214,7 @@ def admission_arms(setting: Setting, seed: int) -> list[TinferArm | ReplicasArm]
             paper_scheduler(seed, decode_admission=admission),
             setting,
             predictor=prediction,
+            num_seats=NUM_ADMISSION_REQUESTS,
         )
         for prediction in PREDICTIONS
         for admission in ADMISSIONS

@@ -104,14 +104,15 @@ GPU_ESTIMATE = EngineSpec(
 # --- this project's CPU box ----------------------------------------------------------------------
 
 # Llama 51M in bf16 on one AMD EPYC core, vLLM 0.32.0, 2026-11-21: a prompt of 1K tokens takes about
-# 360 ms, a decode step 6.6 ms alone and 18 ms in a batch of 20. KV is 8 KiB per token. The hand-off
-# through shared memory: 4.5 ms, and 7 us per token.
+# 360 ms; a decode step alone 7.0 ms at 50 tokens of KV and 7.9 to 8.3 ms at 800; in batches of 7
+# and 14 (means) 17 and 14 ms at 700 and 190 tokens of KV each, of 20 about 18 ms. KV is 8 KiB per
+# token. The hand-off through shared memory: 4.5 ms, and 7 us per token.
 CPU_51M = EngineSpec(
     costs=CostModel(
-        base_s=6e-3,
+        base_s=6.5e-3,
         prefill_token_s=0.34e-3,
-        decode_seq_s=0.6e-3,
-        kv_token_s=0.0,
+        decode_seq_s=0.2e-3,
+        kv_token_s=1.7e-6,
         handoff_s=4.5e-3,
         handoff_token_s=7e-6,
         source="Llama 51M bf16 on one AMD EPYC core, 2026-11-21",
