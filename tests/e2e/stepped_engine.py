@@ -208,8 +208,7 @@ class Stepped:
             self.record.finished[name] = output.finish_reason
 
     def done(self) -> Record:
-        stats = msgspec.to_builtins(self.engine.stats())
-        self.record.stats = {name: float(value) for name, value in stats.items()}
+        self.record.stats = msgspec.structs.asdict(self.engine.stats())
         return self.record
 
 

@@ -7,11 +7,13 @@ stopped, so that no seat or token budget is given away twice.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tinfer.core.lengths import Lengths
 from tinfer.core.lifecycle import LifecycleError, move
+from tinfer.core.outlook import few
 from tinfer.core.types import LeaseKey, Phase, Route
 
 if TYPE_CHECKING:
@@ -44,11 +46,13 @@ class Request:
     num_blocks: int = 0
     first_step: int | None = None
     target: Worker | None = None
-    # The expected length of its answer, asked for at every decision.
+    # Asked for at every decision: the expected length of its answer, and a few likely ones.
     expected_tokens: float = field(init=False)
+    likely_tokens: Sequence[float] = field(init=False)
 
     def __post_init__(self) -> None:
         self.expected_tokens = self.lengths.mean_remaining()
+        self.likely_tokens = few(self.lengths.remaining())
 
     lease: LeaseKey | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tinfer.core.costs import CostModel
@@ -49,6 +50,8 @@ class Worker:
     num_prefill_tokens: int = 0
     num_free_blocks: int | None = None
     num_preempted: int = 0
+    # A step of all that decodes here, by the model, at speed 1.
+    step_s: float = field(init=False)
     slowness: float = 1.0
     # The role it takes once it has drained.
     flips_to: Role | None = None
@@ -70,6 +73,7 @@ class Worker:
 
     def __post_init__(self) -> None:
         self.prefixes = PrefixIndex(self.capacity.num_blocks)
+        self._time_step()
 
     @property
     def num_seqs(self) -> int:
@@ -158,6 +162,7 @@ class Worker:
             self.num_decoding += 1
             self._kv_at_step_0 += request.prompt_tokens + 1 - self.num_steps
             self.sum_inverse_lengths += 1.0 / request.expected_tokens
+            self._time_step()
             self.outlook.remove(request.id)
             self.outlook.add(request.id, *self.newcomer(request))
 
@@ -171,6 +176,7 @@ class Worker:
             self._kv_at_step_0 -= request.prompt_tokens + 1 - request.first_step
             self.sum_inverse_lengths -= 1.0 / request.expected_tokens
             request.first_step = None
+            self._time_step()
         if not self.num_decoding:  # what rounding left
             self.sum_inverse_lengths = 0.0
         self.num_placed_blocks -= request.num_blocks
@@ -185,7 +191,7 @@ class Worker:
         if num_steps > 0 and taken_s > 0:
             num_new = event.num_prefill_tokens - self.num_prefill_tokens
             prefill_s = self.costs.prefill_token_s * num_new
-            expected_s = num_steps * self.decode_step_s() + prefill_s
+            expected_s = num_steps * self.step_s + prefill_s
             ratio = taken_s / max(expected_s, 1e-9)
             self.slowness += min(1.0, taken_s / MEMORY_S) * (ratio - self.slowness)
             # Spread over the time since the last report, of which an idle worker makes none.
@@ -199,6 +205,7 @@ class Worker:
         self.num_prefill_tokens = event.num_prefill_tokens
         self.num_free_blocks = event.num_free_blocks
         self.outlook.advance(event.num_steps)
+        self._time_step()
 
     def generated_tokens(self, request: Request) -> int:
         """Output tokens of a request here, as its worker's steps tell."""
@@ -227,11 +234,10 @@ class Worker:
 
     def prefill_s(self, tokens: int) -> float:
         """Seconds that so many prompt tokens take here, in steps with all that decodes here."""
-        chunk_tokens = self.step_prefill_tokens
-        num_steps = -(-tokens // chunk_tokens)
-        decode_s = self.decode_step_s() - self.costs.base_s if self.num_decoding else 0.0
-        alone_s = self.costs.prefill_s(tokens, chunk_tokens)
-        return (alone_s + num_steps * decode_s) * self.slowness
+        costs = self.costs
+        num_steps = -(-tokens // self.step_prefill_tokens)
+        computing_s = costs.prefill_token_s * tokens + costs.prefill_context_s * tokens**2 / 2.0
+        return (num_steps * self.step_s + computing_s) * self.slowness
 
     @property
     def step_prefill_tokens(self) -> int:
@@ -239,9 +245,8 @@ class Worker:
         chunk_tokens = self.capacity.chunk_tokens
         return chunk_tokens if self.budget_tokens is None else min(chunk_tokens, self.budget_tokens)
 
-    def decode_step_s(self, more: int = 0, more_kv_tokens: int = 0) -> float:
-        """A step of what decodes here, and of `more` sequences; by the model, at speed 1."""
-        return self.costs.decode_step_s(self.num_decoding + more, self.kv_tokens + more_kv_tokens)
+    def _time_step(self) -> None:
+        self.step_s = self.costs.decode_step_s(self.num_decoding, self.kv_tokens)
 
     @property
     def capacity_tokens(self) -> int:
@@ -266,11 +271,11 @@ class Worker:
     def _most_kv_of(self, request: Request) -> int:
         return request.prompt_tokens + request.lengths.points[-1] + self.capacity.block_tokens
 
-    def newcomer(self, request: Request) -> tuple[int, tuple[float, ...]]:
+    def newcomer(self, request: Request) -> tuple[int, Sequence[float]]:
         """KV tokens that the request would begin with here, half a block of it waste, and the
         equally likely numbers of steps that it would stay."""
         tokens = request.prompt_tokens + 1 + self.capacity.block_tokens // 2
-        return tokens, request.lengths.remaining(0)
+        return tokens, request.likely_tokens
 
     def peak_with(self, request: Request) -> Peak:
         """The highest KV use to come here with that request.

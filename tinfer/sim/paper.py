@@ -8,9 +8,9 @@ anything was compared, and is nowhere fitted to its results:
 - its vLLM is one engine on two GPUs with 16 sequences, and its own system two engines of that kind;
 - the emulated link is NVLink, which the published resource times belong to;
 - figure 16 is Mixed; figure 18 is 256 requests of LPHD or Mixed on a decode engine with a seat for
-  each, so that it is memory that binds; figure 19 has 32 heavy decodes in all, and as many light ones
-  as make 32 per decode engine, which is what its heavy and light counts add up to, and tells them
-  apart without error, as those counts do;
+  each, so that it is memory that binds;
+- figure 19 has 32 heavy decodes in all, and as many light ones as make 32 per decode engine, which
+  is what its heavy and light counts add up to, and tells them apart without error, as those do;
 - a client allows 2048 tokens, so that no length is given away by what was asked for.
 """
 

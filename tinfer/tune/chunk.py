@@ -34,7 +34,7 @@ class Chunk(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 def choose_chunk(points: Sequence[StepPoint], block_tokens: int) -> Chunk:
     """From the points of prompts alone. Raises `ValueError` where there are none."""
-    alone = sorted((p for p in points if p.kind == "prefill-again"), key=lambda p: p.prefill_tokens)
+    alone = sorted((p for p in points if p.kind == "prefill"), key=lambda p: p.prefill_tokens)
     if not alone:
         raise ValueError("no prefill was measured")
     best = max(map(throughput, alone))

@@ -7,7 +7,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-StepKind = Literal["prefill", "prefill-again", "later-chunk", "decode", "mixed"]
+StepKind = Literal["prefill", "later-chunk", "decode", "mixed"]
 
 
 class StepPoint(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

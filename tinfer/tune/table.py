@@ -45,8 +45,8 @@ def warnings_of(tuning: Tuning) -> Iterator[str]:
         yield f"samples lie {tuning.noise:.0%} apart: this box did other things as well"
     if not tuning.chunk.is_saturated:
         yield (
-            f"throughput still grows at {tuning.chunk.threshold_tokens} tokens, the largest prompt "
-            "measured: a larger --max-chunk may find a larger chunk"
+            f"throughput may still grow beyond {tuning.chunk.threshold_tokens} tokens, the largest "
+            "prompt that was measured"
         )
 
 

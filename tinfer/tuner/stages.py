@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from tinfer.errors import StartError
 from tinfer.tune.chunk import choose_chunk
-from tinfer.tune.points import KvRoom, StepKind, StepPoint
+from tinfer.tune.points import KvRoom, StepPoint
 from tinfer.tuner import design
 from tinfer.tuner.design import Batch, MixedStep
 from tinfer.tuner.driver import Driver, SeenStep
@@ -59,23 +59,19 @@ class Stages:
         return max(0.0, statistics.median(between_s)) if between_s else 0.0
 
     async def _prefills(self) -> list[StepPoint]:
-        """Two points per size: the first prompt of it after others, and another right after it."""
         sizes = await self._bearable(design.prefill_sizes(self.room))
 
-        async def visit(size: int) -> list[tuple[float, float]]:
-            first, again = await self._run(size, 1), await self._run(size, 1)
-            return [(self._alone_s(first[-1]), self._alone_s(again[-1]))]
+        async def visit(size: int) -> list[float]:
+            return [self._alone_s(step) for step in await self._run(size, 1)]
 
         samples = await rounds(self._progress, "prefill", sizes, visit, self._repeats)
-        kinds: tuple[StepKind, StepKind] = ("prefill", "prefill-again")
         return [
             StepPoint(
-                kind=kind,
+                kind="prefill",
                 prefill_tokens=size,
                 context_tokens=size * size / 2.0,
-                samples_s=tuple(pair[i] for pair in samples[size]),
+                samples_s=tuple(samples[size]),
             )
-            for i, kind in enumerate(kinds)
             for size in sizes
         ]
 

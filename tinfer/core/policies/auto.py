@@ -58,18 +58,18 @@ class AutoPlacer:
     def place(
         self, request: Request, fleet: Fleet, ahead_tokens: int, now_s: float
     ) -> Placement | None:
-        num_taking = fleet.num_taking
+        idle = alone(request, fleet.workers[0])
+        ahead_tokens //= max(1, fleet.num_taking)
         starts = {
-            worker.id: prefill_cost(request, worker, ahead_tokens, num_taking)
-            for worker in fleet.workers
+            worker.id: prefill_cost(request, worker, ahead_tokens, idle) for worker in fleet.workers
         }
         if request.max_output_tokens == 1:
             worker = min(fleet.workers, key=lambda one: (starts[one.id], one.id))
             return Placement(Route.WHOLE, worker) if worker.takes(request) else None
         shares = self._prefill_shares(fleet, now_s)
-        decodes = {one.id: decode_cost(request, one, shares[one.id]) for one in fleet.workers}
+        decodes = {one.id: decode_cost(request, one, shares[one.id], idle) for one in fleet.workers}
         whole = self._best_whole(request, fleet, starts, decodes, now_s)
-        split = self._best_split(request, fleet, starts, decodes)
+        split = self._best_split(request, fleet, starts, decodes, idle)
         best = min((one for one in (whole, split) if one is not None), default=None)
         if best is None or not best.placement.worker.takes(request):
             return None
@@ -102,6 +102,7 @@ class AutoPlacer:
         fleet: Fleet,
         starts: Mapping[str, float],
         decodes: Mapping[str, float],
+        idle: Alone,
     ) -> Way | None:
         """On two: what the first costs does not depend on the second, but for who may read it."""
         best: Way | None = None
@@ -118,8 +119,8 @@ class AutoPlacer:
             if decode is None:
                 continue
             moving_s = source.costs.handoff_total_s(request.prompt_tokens)
-            alone_s = request.expected_tokens * source.costs.decode_step_s(1, 0)
-            cost = starts[source.id] + decode + TPOT_WEIGHT * moving_s / alone_s
+            moved = moving_s / (request.expected_tokens * idle.step_s)
+            cost = starts[source.id] + decode + TPOT_WEIGHT * moved
             if best is None or cost < best.cost:
                 best = Way(cost, 1, Placement(Route.SPLIT, source))
         return best
@@ -139,31 +140,43 @@ class AutoPlacer:
         return {one.id: taken if one in takers else left for one in fleet.workers}
 
 
-def prefill_cost(request: Request, worker: Worker, ahead_tokens: int, num_taking: int) -> float:
-    """Of computing the prompt there, behind its share of what waits ahead."""
-    chunk_tokens = worker.capacity.chunk_tokens
-    alone_s = worker.costs.prefill_s(request.prompt_tokens, chunk_tokens)
+class Alone(NamedTuple):
+    """What a request would take on an idle worker: its prefill, and a step of its decode."""
+
+    prefill_s: float
+    step_s: float
+
+
+def alone(request: Request, worker: Worker) -> Alone:
+    """By the cost model, which is the same for all workers."""
+    costs = worker.costs
+    return Alone(
+        costs.prefill_s(request.prompt_tokens, worker.capacity.chunk_tokens),
+        costs.decode_step_s(1, request.prompt_tokens),
+    )
+
+
+def prefill_cost(request: Request, worker: Worker, ahead_tokens: int, idle: Alone) -> float:
+    """Of computing the prompt there, behind `ahead_tokens` that wait for a worker like it."""
     num_new = worker.uncached_tokens(request)
-    before_tokens, longer = worker.around(num_new)
-    before_tokens += ahead_tokens // max(1, num_taking)
-    own_s = worker.prefill_s(num_new + before_tokens)
-    if longer:  # the step under way ends first
-        own_s += worker.prefill_s(worker.step_prefill_tokens) / 2.0
+    before_tokens, num_longer = worker.around(num_new)
+    own_s = worker.prefill_s(num_new + before_tokens + ahead_tokens)
     taken_s = worker.costs.prefill_token_s * num_new * worker.slowness
     # One token of an answer of L tokens, late by a second, makes each of them late by 1 / L.
-    stalled = taken_s * worker.sum_inverse_lengths / worker.costs.decode_step_s(1, 0)
-    delayed = longer * taken_s / worker.costs.prefill_s(2 * num_new, chunk_tokens)
-    return TTFT_WEIGHT * (own_s / alone_s + delayed) + TPOT_WEIGHT * stalled
+    stalled = taken_s * worker.sum_inverse_lengths / idle.step_s
+    delayed = 0.0
+    if num_longer:  # they wait for it, and it for the step under way
+        own_s += worker.prefill_s(worker.step_prefill_tokens) / 2.0
+        delayed = num_longer * taken_s / (2.0 * idle.prefill_s)
+    return TTFT_WEIGHT * (own_s / idle.prefill_s + delayed) + TPOT_WEIGHT * stalled
 
 
-def decode_cost(request: Request, worker: Worker, prefill_share: float) -> float:
+def decode_cost(request: Request, worker: Worker, prefill_share: float, idle: Alone) -> float:
     """Of generating the answer there."""
-    alone_s = worker.costs.decode_step_s(1, request.prompt_tokens)
-    before_s = worker.decode_step_s()
-    after_s = worker.decode_step_s(1, request.prompt_tokens)
+    costs = worker.costs
+    added_s = costs.decode_seq_s + costs.kv_token_s * request.prompt_tokens
     # A share u of the time goes to prefills: a step that takes s takes s / (1 - u) with them.
-    interrupted = 1.0 / (1.0 - prefill_share)
-    mine = after_s * worker.slowness * interrupted / alone_s
+    mine_s = (worker.step_s + added_s) / (1.0 - prefill_share)
     together = min(1.0, request.expected_tokens * worker.mean_inverse_length)
-    theirs = worker.num_decoding * together * (after_s - before_s) * worker.slowness / alone_s
-    return TPOT_WEIGHT * (mine + theirs)
+    theirs_s = worker.num_decoding * together * added_s
+    return TPOT_WEIGHT * (mine_s + theirs_s) * worker.slowness / idle.step_s

@@ -34,7 +34,7 @@ class Slack:
     def budget(self, worker: Worker) -> int | None:
         if not worker.num_decoding or worker.costs.prefill_token_s <= 0:
             return None
-        slack_s = self._itl_slack * worker.decode_step_s()
+        slack_s = self._itl_slack * worker.step_s
         tokens = int(slack_s / worker.costs.prefill_token_s)
         if tokens >= worker.capacity.chunk_tokens:
             return None

@@ -49,13 +49,12 @@ class Projected:
 
 
 def added_cost(request: Request, worker: Worker) -> float:
-    """In steps of one sequence alone, over the whole answer of one request."""
-    alone_s = worker.costs.decode_step_s(1, request.prompt_tokens)
-    before_s = worker.decode_step_s()
-    after_s = worker.decode_step_s(1, request.prompt_tokens)
-    mine = after_s * worker.slowness / alone_s
-    neighbours = worker.num_decoding * (after_s - before_s) * worker.slowness / alone_s
-    return mine + neighbours + crowding(request, worker)
+    """In steps of one sequence alone: its own step there, and what it adds to its neighbours'."""
+    costs = worker.costs
+    added_s = costs.decode_seq_s + costs.kv_token_s * request.prompt_tokens
+    both_s = worker.step_s + added_s + worker.num_decoding * added_s
+    alone_s = costs.decode_step_s(1, request.prompt_tokens)
+    return both_s * worker.slowness / alone_s + crowding(request, worker)
 
 
 def crowding(request: Request, worker: Worker) -> float:
