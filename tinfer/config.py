@@ -192,6 +192,10 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     log_dir: Annotated[
         str | None, Meta(description="Keep the workers' logs here. Default: with the sockets.")
     ] = None
+    event_log: Annotated[
+        str | None,
+        Meta(description="Write every scheduling event and decision to this file, to replay them."),
+    ] = None
     verbose: Annotated[bool, Meta(description="Log every request's way (never its text).")] = False
     engine: Annotated[
         Literal["vllm", "fake"],

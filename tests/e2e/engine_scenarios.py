@@ -86,6 +86,11 @@ def pulls(model_dir: str) -> Record:
     engine.step(2)
     engine.note("full")
     engine.decode("pull-d", prompts["a"], source, max_tokens=3)
+    engine.step()
+    engine.budget(0)  # until the pull is done, which the next step is to find out
+    engine.until(lambda: "pull-d" in engine.record.pulls)
+    engine.budget(None)
+    engine.note("ready")
     engine.drain()
     return engine.done()
 

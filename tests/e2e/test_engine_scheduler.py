@@ -153,16 +153,16 @@ def test_what_waited_for_a_budget_goes_on(records: Records) -> None:
     assert computed == {"half": 600, "waits": 300, "pull-b": 200}
 
 
-def test_a_pull_starts_beside_a_prompt_that_fills_every_step(records: Records) -> None:
+def test_a_pull_starts_and_ends_beside_a_prompt_that_fills_every_step(records: Records) -> None:
     record = records["pulls"]
-    full = record.notes["full"]
+    full, ready = record.notes["full"], record.notes["ready"]
     last, first = record.steps[full - 1 : full + 1]
     assert budgeted(last) == MAX_TOKENS - len(last.decoding)
     assert first.pulling == ["pull-d"]
     assert budgeted(first) == MAX_TOKENS - len(first.decoding) - 1
-    ready = next(n for n in range(full, len(record.steps)) if "pull-d" in record.steps[n].pieces)
-    assert record.steps[ready].pieces["pull-d"].start == 299
-    assert "pull-d" not in record.steps[ready].pulling
+    step = record.steps[ready]
+    assert (step.pieces["pull-d"].start, step.pieces["pull-d"].tokens) == (299, 1)
+    assert step.pieces["huge"].budgeted_tokens == MAX_TOKENS - len(step.decoding) - 1
 
 
 # --- preemption

@@ -121,9 +121,12 @@ async def until(
 
 @contextlib.contextmanager
 def running(folder: Path, fake: Mapping[str, float], **options: object) -> Iterator[Server]:
-    """A ready server that is stopped at the end, however the test went."""
+    """A ready server that is stopped at the end, however the test went.
+
+    Every request is split unless the options say otherwise: that is the way with most to go wrong.
+    """
     whole = {name: int(v) if float(v).is_integer() else v for name, v in fake.items()}
     settings = msgspec.convert(whole, FakeSettings)
-    flags = fake_flags(fake, **{"log_dir": folder, **options})
+    flags = fake_flags(fake, **{"log_dir": folder, "route": "split", **options})
     with serving(folder, *flags) as process:
         yield Server(process, settings)

@@ -30,7 +30,7 @@ NOT_SIMULATED = frozenset(
     + ("dtype", "max_model_len", "block_size", "gpu_memory_utilization", "kv_cache_memory_bytes")
     + ("enforce_eager", "trust_remote_code", "chat_template", "strict_params")
     + ("shutdown_timeout", "start_timeout", "lease_ttl", "max_worker_restarts")
-    + ("log_dir", "verbose", "engine", "fake_engine")
+    + ("log_dir", "event_log", "verbose", "engine", "fake_engine")
 )
 # This one is an option of the workload here; it numbers everything that is drawn.
 _SEED = frozenset(("seed",))

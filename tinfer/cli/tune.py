@@ -167,16 +167,18 @@ def _of(values: dict[str, Any], max_chunk: int, repeats: int, seed: int, stored:
 
 
 def _check_writable(json_path: str | None, plot_dir: Path | None) -> None:
-    """What would fail after minutes fails before them. Raises `StartError`."""
-    if json_path not in (None, "-"):
-        path = Path(str(json_path))
-        if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+    """What would fail after minutes fails before them; nothing is made yet. Raises `StartError`."""
+    paths = [] if json_path in (None, "-") else [Path(str(json_path))]
+    for path in paths:
+        place = path if path.exists() else path.absolute().parent
+        if path.is_dir() or not os.access(place, os.W_OK):
             raise StartError(f"cannot write {path}")
     if plot_dir is not None:
-        try:
-            plot_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StartError(f"cannot make {plot_dir}: {error.strerror}") from error
+        place = plot_dir.absolute()
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            raise StartError(f"cannot write to {plot_dir}")
 
 
 def _report(tuning: Tuning, json_path: str | None, plot_dir: Path | None) -> None:

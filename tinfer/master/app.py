@@ -29,6 +29,7 @@ from tinfer.core.types import Capacity, Role
 from tinfer.errors import NoWorker, StartError, TinferError
 from tinfer.master import report, transport
 from tinfer.master.cores import CoreClaims
+from tinfer.master.event_log import EventLog
 from tinfer.master.limits import client_descriptors, raise_descriptor_limit
 from tinfer.master.listener import Door, bind
 from tinfer.master.loop import Dispatcher
@@ -99,7 +100,8 @@ class Server:
         self._door = Door(listener, client_descriptors(len(placements)))
         self._run_dir = RunDirectory(listener.getsockname()[1])
         self._link = MasterLink(self._run_dir.socket_path, self._on_message)
-        self._scheduler = Scheduler(scheduler_config(config, CostModel()))
+        chosen = scheduler_config(config, CostModel())
+        self._scheduler = Scheduler(chosen)
         self._dispatcher = Dispatcher(
             self._scheduler,
             self._link.send,
@@ -107,6 +109,8 @@ class Server:
             config.lease_ttl,
             predictor_of(config),
         )
+        if config.event_log is not None:
+            self._dispatcher.event_log = EventLog(Path(config.event_log), chosen)
         self._supervisor = Supervisor(
             config,
             placements,
@@ -298,6 +302,8 @@ class Server:
             self._supervisor.kill_all()
         await self._supervisor.stop(lambda worker: self._link.send(worker, wire.Stop()))
         self._link.close()
+        if self._dispatcher.event_log is not None:
+            self._dispatcher.event_log.close()
         self._run_dir.remove()
         if self._all_ready.done() and not self._all_ready.cancelled():
             self._all_ready.exception()  # seen, also where nobody awaited it

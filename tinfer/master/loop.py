@@ -28,6 +28,7 @@ from tinfer.errors import (
     TinferError,
     WorkerLost,
 )
+from tinfer.master.event_log import EventLog
 from tinfer.master.scheduling import block_hashes
 from tinfer.master.streams import RequestStream
 from tinfer.master.timeline import StartKind, Timeline
@@ -71,6 +72,7 @@ class Dispatcher:
         self._clock = clock
         self._lease_ttl_s = lease_ttl_s
         self._predictor = predictor
+        self.event_log: EventLog | None = None
         # Tokens per KV block, once a worker has said; without it no prefix is told from another.
         self.block_tokens: int | None = None
         # Roles that the scheduler has changed since the start, by worker.
@@ -253,7 +255,11 @@ class Dispatcher:
         """Let the scheduler see an event and carry out what it asks for. Returns the error of
         `refusing` if the scheduler fails that request."""
         refusal: TinferError | None = None
-        for action in self._scheduler.on_event(event, self._clock.now_s()):
+        now_s = self._clock.now_s()
+        actions = self._scheduler.on_event(event, now_s)
+        if self.event_log is not None:
+            self.event_log.add(now_s, event, actions)
+        for action in actions:
             if isinstance(action, events.Fail):
                 error = _error_of(action)
                 if action.request_id == refusing:

@@ -264,27 +264,24 @@ class SimEngine:
             most_tokens = self.spec.max_num_batched_tokens
             prompts = self.queues.admit_whole(most_tokens, self._num_seats, bool(self._running))
             if prompts:
-                self._prompts_admitted(prompts)
+                self._enter_prompts(prompts)
                 return self._pace.mixed(self.now_s, self.num_steps, prompts, None)
         self._join_ready()
-        chunks, has_preempted = self._fit_running()
+        has_chunks, has_preempted = self._fit_running()
         # Nobody is let in beside a preemption, unless that left nothing to compute.
-        if self.spec.chunked_prefill and not (has_preempted and (chunks or self.batch.num)):
-            num_chunked = sum(num_tokens for _, num_tokens in chunks)
-            prompt_tokens = self._prompt_tokens() - num_chunked
-            prompts, pulls = self.queues.admit(
-                prompt_tokens, self._num_seats, chunks, bool(self._running)
-            )
-            self._prompts_admitted(prompts)
-            for job, missing_tokens in pulls:
-                self._begin_pull(job, missing_tokens)
-            chunks += prompts
+        is_closed = has_preempted and (has_chunks or self.batch.num > 0)
+        num_seats = self._num_seats if self.spec.chunked_prefill and not is_closed else 0
+        chunks, pulls = self.queues.fill(self._prompt_tokens(), num_seats, bool(self._running))
+        self._enter_prompts(chunks)
+        for job, missing_tokens in pulls:
+            self._begin_pull(job, missing_tokens)
         if chunks:
             return self._pace.mixed(self.now_s, self.num_steps, chunks, self.batch)
         if not self.batch.num:
             return None
-        # After a preemption the next step may let somebody in.
-        num_steps = 1 if has_preempted else self._num_steps_alike()
+        # After a preemption the next step may let somebody in, and so may another order.
+        may_let_in = has_preempted or (self._num_seats > 0 and self.queues.may_reorder())
+        num_steps = 1 if may_let_in else self._num_steps_alike()
         return self._pace.decodes(self.now_s, self.num_steps, num_steps, self.batch)
 
     @property
@@ -309,27 +306,21 @@ class SimEngine:
             self.batch.join(job)
         self.queues.ready.clear()
 
-    def _fit_running(self) -> tuple[list[tuple[Job, int]], bool]:
-        """Take the blocks that the next step of all that runs needs; preempt while they are
-        missing. Returns the chunks of running prompts, and whether anybody was preempted."""
+    def _fit_running(self) -> tuple[bool, bool]:
+        """Take the blocks that the next step of all that decodes needs; preempt while they, or
+        those for the prompts that run, are missing. Returns whether the step could have chunks of
+        these, and whether anybody was preempted."""
         has_preempted = False
         while True:
             chunks = self.queues.running_chunks(self._prompt_tokens())
             num_for_decodes = self.batch.blocks_for(1)
-            num_for_chunks = sum(self._new_blocks(*chunk) for chunk in chunks)
-            if num_for_decodes + num_for_chunks <= self.pool.num_free:
+            if num_for_decodes + self.queues.new_blocks(chunks) <= self.pool.num_free:
                 break
             self._preempt(self._choose_victim())
             has_preempted = True
         self._taken_blocks = num_for_decodes
-        self.pool.take(num_for_decodes + num_for_chunks)
-        for job, num_tokens in chunks:
-            self.pool.register(job, job.computed + num_tokens)
-        return chunks, has_preempted
-
-    def _new_blocks(self, job: Job, num_tokens: int) -> int:
-        blocks_for = self.pool.blocks_for
-        return blocks_for(job.computed + num_tokens) - blocks_for(job.computed)
+        self.pool.take(num_for_decodes)
+        return bool(chunks), has_preempted
 
     def _choose_victim(self) -> Job:
         newest_first = reversed(self._running)
@@ -355,13 +346,15 @@ class SimEngine:
         self._preempted.append(job.id)
         self.queues.add_first(job)
 
-    def _prompts_admitted(self, prompts: list[tuple[Job, int]]) -> None:
-        for job, _ in prompts:
+    def _enter_prompts(self, chunks: list[tuple[Job, int]]) -> None:
+        """Run those of a step's prompts that were let in with it."""
+        for job, _ in chunks:
+            if job in self._running:
+                continue
             if not job.was_admitted:
                 job.ticket.cached_tokens = job.computed
                 job.was_admitted = True
             self._enter(job)
-            self.queues.prefilling.append(job)
 
     def _enter(self, job: Job) -> None:
         self._num_entered += 1

@@ -52,7 +52,8 @@ class Job:
 
     `computed` are the tokens whose KV is here, `generated` the ones sampled here. While the job
     decodes both are kept by the batch. `refs` are the hashed blocks it shares; `lease` is, for a
-    decode, what it reads. `rank` orders what waits, and later what runs; `entry` is the batch's.
+    decode, what it reads. `arrival` counts what came; `rank` orders what waits, and later what runs;
+    `entry` is the batch's.
     """
 
     ticket: Ticket
@@ -62,6 +63,7 @@ class Job:
     generated: int = 0
     refs: list[int] = field(default_factory=list)
     num_registered: int = 0
+    arrival: int = 0
     rank: int = 0
     entry: int = -1
     joined_step: int = 0

@@ -18,6 +18,8 @@ class Pace:
 
     def __init__(self, spec: EngineSpec, seed: str) -> None:
         self._costs = spec.costs
+        self._padded_tokens = spec.max_num_batched_tokens if spec.pads_chunks else 0
+        self._tax = spec.prefill_tax
         self._noise = Noise(spec.noise, seed) if spec.noise else None
 
     def mixed(
@@ -33,7 +35,12 @@ class Pace:
             tokens += num_tokens
             context += num_tokens * (2 * job.computed + num_tokens)
         num, kv_tokens = (batch.num, batch.kv_tokens) if batch is not None else (0, 0)
+        if not num:
+            tokens = max(tokens, self._padded_tokens)
         first_s = self._costs.step_s(tokens, num, kv_tokens, context / 2)
+        if self._tax:
+            without_s = self._costs.decode_step_s(num, kv_tokens) if num else 0.0
+            first_s += self._tax * (first_s - without_s)
         if self._noise is not None:
             first_s *= self._noise.factors(step_number, 1)[0]
         return Stretch(now_s, first_s, 0.0, 1, num, chunks)

@@ -86,19 +86,19 @@ def candidates(
     swept: Mapping[str, Sequence[str]],
     scheduler_of: SchedulerOf,
 ) -> list[Candidate]:
-    """All configurations of these GPUs, and plain replicas; a box is for one number of GPUs per
+    """Plain replicas on these GPUs, and all configurations; a box is for one number of GPUs per
     worker. Raises `StartError` where an option is bad or no box fits."""
     found = []
     for box in boxes:
         num_workers = num_gpus // box.num_devices
         if num_workers < 1:
             raise StartError(f"{box.name} needs {box.num_devices} GPUs per worker")
-        configs = _configs(config, swept, box, num_workers)
-        found += [_ours(box, one, scheduler_of) for one in configs]
         arms = [replicas_arm(box, num_workers, tokens) for tokens in REPLICA_STEPS]
         # Of equal engines one, by the first of their names.
         by_engine = {arm.engine: arm for arm in reversed(arms)}
         found += [_plain(box, arm) for arm in arms if by_engine[arm.engine] is arm]
+        configs = _configs(config, swept, box, num_workers)
+        found += [_ours(box, one, scheduler_of) for one in configs]
     return found
 
 

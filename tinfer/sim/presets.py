@@ -25,7 +25,7 @@ PAPER_VLLM_NUM_SEQS = 16
 PAPER_DECODE_NUM_SEQS = 128
 # The predictor beside the prompts: prefill throughput falls from about 3470 to 3080 tokens/s
 # (section 5.2.2, at chunks of 512).
-PAPER_PREDICTOR_TAX = 3470 / 3080
+PAPER_PREDICTOR_TAX = 3470 / 3080 - 1
 # The two emulated links of section 5.1, in bytes per second.
 PAPER_LINKS = {"roce": 25e9, "nvlink": 300e9}
 
@@ -56,7 +56,7 @@ def paper_workers(
 ) -> tuple[WorkerSpec, ...]:
     """The paper's instances, two V100 each; `link` is `nvlink` or `roce` (`ValueError` else).
 
-    With the predictor every step of a prefill worker takes as much longer as the paper measured.
+    With the predictor the prompts of a prefill worker take as much longer as the paper measured.
     """
     if link not in PAPER_LINKS:
         raise ValueError(f"no link {link!r}; there are {', '.join(PAPER_LINKS)}")
@@ -65,14 +65,9 @@ def paper_workers(
         handoff_s=0.0,
         handoff_token_s=OPT_13B_KV_BYTES_PER_TOKEN / PAPER_LINKS[link],
     )
-    tax = PAPER_PREDICTOR_TAX if with_predictor else 1.0
-    taxed = replace(costs, base_s=tax * costs.base_s, prefill_token_s=tax * costs.prefill_token_s)
-    return workers(
-        replace(PAPER_ENGINE, costs=taxed),
-        num_prefill,
-        replace(PAPER_ENGINE, costs=costs),
-        num_decode,
-    )
+    decode = replace(PAPER_ENGINE, costs=costs)
+    tax = PAPER_PREDICTOR_TAX if with_predictor else 0.0
+    return workers(replace(decode, prefill_tax=tax), num_prefill, decode, num_decode)
 
 
 # --- a GPU ---------------------------------------------------------------------------------------

@@ -65,8 +65,15 @@ class EngineSpec(Struct, frozen=True, kw_only=True):
     the one with the fewest tokens generated (our scheduler subclass). `watermark`: share of the
     blocks that stays free when a request is admitted beside others. `chunked_prefill` false: a
     prompt is scheduled whole or not at all, and a step has only prompts or only decodes, prompts
-    first. `noise`: standard deviation of the logarithm of each step's time; its mean stays.
-    `num_devices`: what counts in resource time.
+    first. `prefill_order`: which prompts a step computes first, those that run and then those that
+    wait (`fcfs`, vLLM), or of all of them those with the fewest tokens left (`srpt`). `pads_chunks`:
+    a step of prompts alone takes as long as one of `max_num_batched_tokens` prompt tokens, the rest
+    of which are zeros that look back at nothing. `prefill_tax`: by what share prompts take longer,
+    all of a step that has nothing else and what they add to one that decodes (in the paper, arXiv
+    2401.11181 section 5.2.2, a length predictor beside them). `noise`: standard deviation of the
+    logarithm of each step's time; its mean stays. `num_devices`: what counts in resource time.
+
+    Raises `ValueError` for `srpt` or `pads_chunks` without chunks.
     """
 
     costs: CostModel = CostModel()
@@ -75,6 +82,9 @@ class EngineSpec(Struct, frozen=True, kw_only=True):
     max_num_seqs: Positive = 256
     max_num_batched_tokens: Positive = 2048
     chunked_prefill: bool = True
+    prefill_order: Literal["fcfs", "srpt"] = "fcfs"
+    pads_chunks: bool = False
+    prefill_tax: Annotated[float, Meta(ge=0.0)] = 0.0
     prefix_caching: bool = True
     victim: Literal["newest", "least-progress"] = "newest"
     watermark: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
@@ -84,6 +94,8 @@ class EngineSpec(Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError("max_num_batched_tokens must be at least max_num_seqs")
+        if not self.chunked_prefill and (self.prefill_order != "fcfs" or self.pads_chunks):
+            raise ValueError("prefill_order srpt and pads_chunks need chunked_prefill")
 
     @property
     def capacity(self) -> Capacity:

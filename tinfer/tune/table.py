@@ -146,7 +146,7 @@ def _result_lines(tuning: Tuning) -> Iterator[str]:
         for kind, words in _ERRORS.items()
         if kind in tuning.fit.errors
     )
-    yield f"errors    {errors} (mean, absolute)"
+    yield f"errors    {errors}"
     yield (
         f"KV cache  {kv.num_tokens:,} tokens in {kv.num_blocks} blocks of {kv.block_tokens}, "
         f"{kv.bytes_per_token:,.0f} bytes each token"

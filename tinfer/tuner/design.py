@@ -74,8 +74,8 @@ def answer_tokens(batch: Batch, room: KvRoom) -> int:
 
 
 def batches(room: KvRoom, prefill_token_s: float) -> list[Batch]:
-    """Every power of two of sequences at two prompt lengths, as far as it fits and prompts can be
-    computed in `PREPARE_S`; all that fits of the short ones, at least one of each."""
+    """Powers of two of sequences, and as many as a worker takes, at two prompt lengths: what fits
+    into the KV cache and whose prompts are computed in `PREPARE_S`, one sequence in any case."""
     found = []
     for prompt_tokens in _prompt_lengths(room, prefill_token_s):
         for num in _doubling(room.max_num_seqs):

@@ -58,8 +58,9 @@ class VllmEngine:
         self._scheduler = scheduler
         executor = core.engine_core.model_executor
         self._ranks = executor if isinstance(executor, RankExecutor) else None
-        connector = self._scheduler.connector
+        connector = scheduler.connector
         assert isinstance(connector, TinferConnector)
+        self._connector = connector
         self._handoff: SchedulerSide = connector.scheduler_side
         self._running: dict[str, _Running] = {}
         self._aborted: list[str] = []
@@ -251,7 +252,7 @@ class VllmEngine:
         down groups."""
         if self._ranks is not None:
             self._ranks.close()
-        self._scheduler.connector.shutdown()
+        self._connector.shutdown()
         if has_kv_transfer_group():
             connector: Any = get_kv_transfer_group()
             connector.shutdown()

@@ -1,0 +1,69 @@
+"""The scheduler's events and what it did about them, as JSON lines: to look at, and to replay.
+
+The first line is the scheduler's configuration; every further one is `[now_s, event, actions]`. The
+scheduler is pure, so the same events give the same actions again, on any machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from tinfer.core.events import Action, Event
+from tinfer.core.scheduler import Scheduler
+from tinfer.core.types import SchedulerConfig
+from tinfer.errors import StartError
+
+Entry = tuple[float, Event, list[Action]]
+_ENTRIES: msgspec.json.Decoder[Entry] = msgspec.json.Decoder(Entry)
+
+
+class EventLog:
+    """Appends to one file, which is made anew. Raises `StartError` where it cannot be written."""
+
+    def __init__(self, path: Path, config: SchedulerConfig) -> None:
+        try:
+            self._file: BinaryIO = path.open("wb")
+        except OSError as error:
+            raise StartError(f"cannot write {path}: {error.strerror}") from error
+        self._encoder = msgspec.json.Encoder()
+        self._write(self._encoder.encode(config))
+
+    def add(self, now_s: float, event: Event, actions: list[Action]) -> None:
+        self._write(self._encoder.encode((now_s, event, actions)))
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._file.close()
+
+    def _write(self, line: bytes) -> None:
+        self._file.write(line + b"\n")
+
+
+class DifferentActions(Exception):
+    """A replay did not do what the log says; the message has the number of the line."""
+
+
+def replay(path: Path) -> int:
+    """Feed a log to a new scheduler; returns the number of events.
+
+    Raises `DifferentActions`, and `msgspec.DecodeError` for what is no such log.
+    """
+    with path.open("rb") as file:
+        config = msgspec.json.decode(file.readline(), type=SchedulerConfig)
+        scheduler = Scheduler(config)
+        num_events = 0
+        for number, (now_s, event, actions) in enumerate(_entries(file), 2):
+            found = scheduler.on_event(event, now_s)
+            if found != actions:
+                raise DifferentActions(f"line {number}: {found} instead of {actions}")
+            num_events += 1
+    return num_events
+
+
+def _entries(file: BinaryIO) -> Iterator[Entry]:
+    for line in file:
+        yield _ENTRIES.decode(line)
