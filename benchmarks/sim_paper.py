@@ -293,8 +293,8 @@ def _table_rows(cells: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def _trace_rows(cases: Mapping[str, Any]) -> list[list[str]]:
-    keys = ("wait_s", "prefill_s", "handoff_s", "decode_s", "last_first_token_s", "makespan_s")
-    keys = (*keys, "mean_tpot_ms", "num_preemptions", "resource_s")
+    keys = ["wait_s", "prefill_s", "handoff_s", "decode_s", "last_first_token_s", "makespan_s"]
+    keys += ["mean_tpot_ms", "num_preemptions", "resource_s"]
     rows = [["workload", "arm", *keys]]
     for workload in paper.HEADLINE:
         for arm, figures in cases.get(workload, {}).items():

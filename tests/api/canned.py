@@ -12,7 +12,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from tinfer.api.service import Delta, Generation, ModelCard, Stream
 from tinfer.core.sampling import TokenLogprobs
-from tinfer.errors import TinferError
+from tinfer.core.types import Role
+from tinfer.errors import InvalidRequest, TinferError
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
@@ -127,6 +128,9 @@ class CannedService:
 
     def state(self) -> dict[str, Any]:
         return {"workers": []}
+
+    def ask_role(self, worker_id: str, role: Role) -> None:
+        raise InvalidRequest(f"{worker_id} stays as it is: it is the only {role.value} worker")
 
     def all_released(self) -> bool:
         """Every stream was read to its end or cancelled."""

@@ -83,7 +83,7 @@ async def test_no_request_is_lost_without_a_reason(tmp_path: Path) -> None:
 async def test_no_request_is_lost_in_many_storms(tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)
     shape = {"prefill": rng.randint(1, 4), "decode": rng.randint(1, 4)}
-    options = {**OPTIONS, "route": rng.choice(["split", "split", "whole"])}
+    options = {**OPTIONS, "route": rng.choice(["split", "auto", "whole"])}
     with running(tmp_path, SLOW, **shape, **options) as server:
         await storm(server, seed, num_kills=max(18, 4 * sum(shape.values())))
         server.stop()

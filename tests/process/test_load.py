@@ -29,7 +29,8 @@ LONGEST_PROMPT = 160
 
 
 @pytest.mark.parametrize(
-    ("route", "num_requests"), [("split", NUM_REQUESTS), ("whole", NUM_REQUESTS // 5)]
+    ("route", "num_requests"),
+    [("split", NUM_REQUESTS), ("auto", NUM_REQUESTS // 2), ("whole", NUM_REQUESTS // 5)],
 )
 async def test_every_answer_is_right(tmp_path: Path, route: str, num_requests: int) -> None:
     with running(tmp_path, TIGHT, prefill=2, decode=2, route=route, **OPTIONS) as server:
@@ -49,6 +50,9 @@ async def test_every_answer_is_right(tmp_path: Path, route: str, num_requests: i
         assert all(engine["num_computed_prompt_tokens"] for engine in engines)
         assert sum(engine["num_preemptions"] for engine in engines) > 0
         num_pulls = sum(engine["num_pulls"] for engine in engines)
-        assert (num_pulls > num_requests // 2) if route == "split" else (num_pulls == 0)
+        if route == "split":
+            assert num_pulls > num_requests // 2
+        else:
+            assert (num_pulls > 0) == (route == "auto")
         assert all(worker["generation"] == 1 for worker in workers.values())
         server.stop()

@@ -91,8 +91,7 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     pictures = tmp_path / "pictures"
     arguments = ("-m", "tinfer", "tune", *flags(step_s=0.05), "--plot", str(pictures))
     with on_terminal(Path.cwd(), *arguments) as program:
-        program.see("prefill")
-        program.see("first round")
+        program.see("first look")
         program.type(CTRL_C)
         assert program.wait_end() == 130
         assert "Traceback" not in program.screen and "tokens/s" not in program.screen

@@ -37,6 +37,7 @@ class Seq:
     cached_tokens: int | None = None
     pulled_s: float = math.inf
     ended: str | None = None
+    number: int = 0  # of those that came, which
     is_decoding: bool = False
 
     @property
@@ -59,6 +60,7 @@ class Reference:
         self.ready: list[Seq] = []
         self.running: list[Seq] = []
         self.held: dict[str, Seq] = {}
+        self.num_started = 0
         self.budget: int | None = None
         self.now_s = 0.0
         self.num_steps = 0
@@ -71,6 +73,8 @@ class Reference:
     # --- messages ---------------------------------------------------------------------------
 
     def start(self, seq: Seq) -> None:
+        self.num_started += 1
+        seq.number = self.num_started
         most = seq.request.prompt_tokens + seq.num_wanted - 1
         if -(-most // self.spec.block_tokens) > self.spec.num_blocks:
             self.say("refused", seq)
@@ -190,26 +194,18 @@ class Reference:
 
     def step(self) -> bool:
         """One step; false if there is nothing to compute."""
-        spec = self.spec
         for seq in self.ready:
             seq.is_decoding = True
             self.running.append(seq)
         self.ready = []
-        chunks, has_preempted = self.fit_running()
-        if not (has_preempted and chunks):
-            chunks += self.admit(chunks)
+        chunks = self.fill(lets_in=self.fit_running())
         totals = (self.num_steps, self.busy_s, self.num_prefill_tokens, len(self.free))
         self.history.append((self.now_s, totals))
         if not chunks:
             return False
         prompts = [(seq, num) for seq, num in chunks if not seq.is_decoding]
         decodes = [seq for seq, _ in chunks if seq.is_decoding]
-        taken_s = spec.costs.step_s(
-            sum(num for _, num in prompts),
-            len(decodes),
-            sum(seq.computed for seq in decodes),
-            sum(num * (2 * seq.computed + num) / 2 for seq, num in prompts),
-        )
+        taken_s = self.step_s(prompts, decodes)
         self.now_s += taken_s
         self.busy_s += taken_s
         self.num_steps += 1
@@ -220,6 +216,19 @@ class Reference:
             if seq.computed == seq.target:
                 self.sampled(seq)
         return True
+
+    def step_s(self, prompts: list[tuple[Seq, int]], decodes: list[Seq]) -> float:
+        costs, longer = self.spec.costs, 1 + self.spec.prefill_tax
+        num_tokens = sum(num for _, num in prompts)
+        if self.spec.pads_chunks and not decodes:
+            num_tokens = self.spec.max_num_batched_tokens
+        looked_at = sum(num * (2 * seq.computed + num) / 2 for seq, num in prompts)
+        prompts_s = costs.prefill_token_s * num_tokens + costs.prefill_context_s * looked_at
+        if not decodes:
+            return longer * (costs.base_s + prompts_s)
+        kv_tokens = sum(seq.computed for seq in decodes)
+        decodes_s = costs.decode_seq_s * len(decodes) + costs.kv_token_s * kv_tokens
+        return costs.base_s + decodes_s + longer * prompts_s
 
     def sampled(self, seq: Seq) -> None:
         seq.tokens_s.append(self.now_s)
@@ -235,13 +244,14 @@ class Reference:
         elif len(seq.tokens_s) == 1 and seq.kind == "whole":
             self.say("first-token", seq)
 
-    def fit_running(self) -> tuple[list[tuple[Seq, int]], bool]:
+    def fit_running(self) -> bool:
+        """Preempt until the next step of what runs has its blocks. Returns whether others may be
+        let into that step."""
         has_preempted = False
         while True:
             chunks = self.running_chunks()
-            needed = {seq: self.missing(seq, num) for seq, num in chunks}
-            if sum(needed.values()) <= len(self.free):
-                break
+            if sum(self.missing(seq, num) for seq, num in chunks) <= len(self.free):
+                return not (has_preempted and chunks)
             victim = self.running[-1]
             if self.spec.victim == "least-progress":
                 victim = min(
@@ -257,70 +267,102 @@ class Reference:
             victim.num_preemptions += 1
             self.waiting.insert(0, victim)
             has_preempted = True
-        for seq, num in chunks:
-            self.take(seq, needed[seq])
-            self.note(seq, seq.computed + num)
-        return chunks, has_preempted
 
     def missing(self, seq: Seq, num: int) -> int:
         return self.blocks_for(seq.computed + num) - len(seq.blocks)
 
     def running_chunks(self) -> list[tuple[Seq, int]]:
         decodes = [seq for seq in self.running if seq.is_decoding]
+        prompts = [seq for seq in self.running if not seq.is_decoding]
         left = self.prompt_tokens(len(decodes))
-        chunks = [(seq, 1) for seq in decodes]
-        for seq in self.running:
-            num = min(left, seq.target - seq.computed)
-            if not seq.is_decoding and num > 0:
-                chunks.append((seq, num))
-                left -= num
+        return [(seq, 1) for seq in decodes] + self.shares(prompts, left)
+
+    def shares(self, prompts: list[Seq], left: int) -> list[tuple[Seq, int]]:
+        """What prompts that run get of so many tokens."""
+        todo, chunks = list(prompts), []
+        while todo and left > 0:
+            seq = self.first_of(todo)
+            todo.remove(seq)
+            chunks.append((seq, min(left, self.tokens_left(seq))))
+            left -= chunks[-1][1]
         return chunks
+
+    def first_of(self, seqs: list[Seq]) -> Seq:
+        if self.spec.prefill_order == "fcfs":
+            return seqs[0]
+        return min(seqs, key=lambda seq: (self.tokens_left(seq), seq.number))
+
+    def tokens_left(self, seq: Seq) -> int:
+        if seq in self.running:
+            return seq.target - seq.computed
+        return seq.target - len(self.hits(seq)) * self.spec.block_tokens
 
     def prompt_tokens(self, num_decodes: int) -> int:
         left = self.spec.max_num_batched_tokens - num_decodes
         return left if self.budget is None else min(left, self.budget)
 
-    def admit(self, chunks: list[tuple[Seq, int]]) -> list[tuple[Seq, int]]:
-        prompts = [(seq, num) for seq, num in chunks if not seq.is_decoding]
-        left = self.prompt_tokens(len(chunks) - len(prompts)) - sum(num for _, num in prompts)
-        admitted: list[tuple[Seq, int]] = []
-        while len(self.running) + len(self.pulling) < self.spec.max_num_seqs:
-            looked_at = [s for s in self.waiting if left > 0 or self.is_pull(s)]
-            if not looked_at:
-                break
-            seq = looked_at[0]
-            found = self.hits(seq)
-            idle = sum(block in self.free for block in found)
-            needed = self.blocks_for(seq.target) - len(found) + idle
-            if self.is_pull(seq):
-                taken = dict(prompts + admitted)
-                for other in [one for one in self.running if not one.is_decoding]:
-                    whole = self.blocks_for(other.target)
-                    needed += whole - self.blocks_for(other.computed + taken.get(other, 0))
-            if self.running:
-                needed += int(self.spec.watermark * self.spec.num_blocks)
-            if needed > len(self.free):
-                break
-            self.waiting.remove(seq)
-            self.adopt(seq, found)
-            missing = seq.target - len(found) * self.spec.block_tokens
-            if self.is_pull(seq):
-                self.take(seq, self.blocks_for(seq.target) - len(found))
-                seq.computed = seq.target
-                seq.pulled_s = self.now_s + self.spec.costs.handoff_total_s(missing)
-                seq.cached_tokens = 0
-                self.pulling.append(seq)
+    def fill(self, lets_in: bool) -> list[tuple[Seq, int]]:
+        """What the step computes, in order; all of it has its blocks then."""
+        chunks = [(seq, 1) for seq in self.running if seq.is_decoding]
+        for seq, _ in chunks:
+            self.take(seq, self.missing(seq, 1))
+        left = self.prompt_tokens(len(chunks))
+        todo = [seq for seq in self.running if not seq.is_decoding]
+        while True:
+            has_seat = len(self.running) + len(self.pulling) < self.spec.max_num_seqs
+            turn = self.next_up(todo, self.waiting if lets_in and has_seat else [], left)
+            if turn is None:
+                return chunks
+            if turn in todo:
+                todo.remove(turn)
+            elif not self.let_in(turn, todo, left):
+                lets_in = False
                 continue
-            num = min(left, missing)
-            seq.computed = seq.target - missing
-            self.take(seq, self.missing(seq, num))
-            self.note(seq, seq.computed + num)
-            if seq.cached_tokens is None:
-                seq.cached_tokens = seq.computed
-            self.running.append(seq)
-            admitted.append((seq, num))
-            left -= num
-        return admitted
+            num = 0 if turn in self.pulling else min(left, turn.target - turn.computed)
+            if num > 0:
+                self.take(turn, self.missing(turn, num))
+                self.note(turn, turn.computed + num)
+                chunks.append((turn, num))
+                left -= num
+
+    def next_up(self, todo: list[Seq], waiting: list[Seq], left: int) -> Seq | None:
+        """Whose turn it is: of prompts that run (`todo`) and of all that may be let in."""
+        prompts = [seq for seq in waiting if not self.is_pull(seq)] if left > 0 else []
+        pulls = [seq for seq in waiting if self.is_pull(seq)]
+        if todo and self.first_of(todo + prompts) in todo:
+            return self.first_of(todo)
+        turns = pulls[:1] + ([self.first_of(prompts)] if prompts else [])
+        return min(turns, key=waiting.index, default=None)
+
+    def let_in(self, seq: Seq, todo: list[Seq], left: int) -> bool:
+        """False if there are not the blocks for all of it."""
+        found = self.hits(seq)
+        needed = self.blocks_for(seq.target) - sum(block not in self.free for block in found)
+        missing = seq.target - len(found) * self.spec.block_tokens
+        if self.is_pull(seq):
+            for other in [one for one in self.running if not one.is_decoding]:
+                needed += self.blocks_for(other.target) - len(other.blocks)
+        else:
+            for other, num in self.shares(todo, left - min(left, missing)):
+                needed += self.missing(other, num)
+        if self.running:
+            needed += int(self.spec.watermark * self.spec.num_blocks)
+        if needed > len(self.free):
+            return False
+        self.waiting.remove(seq)
+        self.adopt(seq, found)
+        if self.is_pull(seq):
+            self.take(seq, self.blocks_for(seq.target) - len(found))
+            seq.computed = seq.target
+            seq.pulled_s = self.now_s + self.spec.costs.handoff_total_s(missing)
+            seq.cached_tokens = 0
+            self.pulling.append(seq)
+            return True
+        seq.computed = seq.target - missing
+        if seq.cached_tokens is None:
+            seq.cached_tokens = seq.computed
+        self.running.append(seq)
+        return True
 
     def is_pull(self, seq: Seq) -> bool:
         return seq.kind == "decode" and seq.cached_tokens is None

@@ -211,8 +211,8 @@ def test_the_papers_figures_are_what_the_preset_says() -> None:
         prefill, decode = presets.paper_workers(link=link)
         assert decode.engine.costs.handoff_total_s(512) == pytest.approx(expected_s, rel=0.01)
         assert decode.engine.costs.base_s == costs.base_s
-        taxed_tps = 512 / prefill.engine.costs.step_s(512, 0, 0)
-        assert taxed_tps == pytest.approx(512 / costs.step_s(512, 0, 0) * 3080 / 3470)
+        assert 1 + prefill.engine.prefill_tax == pytest.approx(3470 / 3080)
+        assert decode.engine.prefill_tax == 0.0
     with pytest.raises(ValueError, match="no link"):
         presets.paper_workers(link="wire")
 

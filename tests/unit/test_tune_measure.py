@@ -15,7 +15,7 @@ from tinfer.errors import StartError
 from tinfer.tune.fit import fit
 from tinfer.tune.points import KvRoom
 from tinfer.tuner import design
-from tinfer.tuner.design import Batch, MixedStep
+from tinfer.tuner.design import Batch, MixedStep, Prompt
 from tinfer.tuner.driver import Driver, SeenStep, random_prompt
 from tinfer.tuner.measure import measure
 from tinfer.tuner.rounds import rounds
@@ -57,12 +57,9 @@ async def test_measuring_finds_the_costs_that_the_workers_have() -> None:
     assert all(planned == done for _, planned, done in watch.stages)
     assert [words for words, _, _ in watch.stages] == [
         "warm-up",
-        "prefill, first round",
-        "prefill",
-        "later chunks",
-        "decode",
-        "mixed",
-        "hand-off, first round",
+        "first look",
+        "steps",
+        "first hand-off",
         "hand-off",
     ]
 
@@ -151,10 +148,11 @@ def test_prompts_go_up_to_the_limit_of_a_step() -> None:
 
 
 def test_chunks_of_long_prompts_come_in_two_sizes() -> None:
-    assert design.chunked_prompts(ROOM, 512) == [(512, 4096), (128, 1024)]
-    assert design.chunked_prompts(room(max_model_len=1100), 512) == [(512, 1024), (128, 1024)]
+    large, small = Prompt(4096, 512), Prompt(1024, 128)
+    assert design.chunked_prompts(ROOM, 512) == [large, small]
+    assert design.chunked_prompts(room(max_model_len=1100), 512) == [Prompt(1024, 512), small]
     assert design.chunked_prompts(room(max_model_len=200), 512) == []
-    assert design.chunked_prompts(room(step_tokens=64), 512) == [(64, 512), (16, 128)]
+    assert design.chunked_prompts(room(step_tokens=64), 512) == [Prompt(512, 64), Prompt(128, 16)]
 
 
 @pytest.mark.parametrize("prefill_token_s", [1e-6, 3e-4, 1.0])

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Literal
 
+import msgspec
 from aiohttp import web
+from msgspec import Struct
 
 from tinfer.api import chat, completions, tokenize
 from tinfer.api.context import Api
@@ -17,7 +20,8 @@ from tinfer.api.options import ApiOptions
 from tinfer.api.render import Renderer
 from tinfer.api.responses import ModelList, ModelObject, ModelPermission, new_id
 from tinfer.api.service import Service
-from tinfer.errors import ModelNotFound
+from tinfer.core.types import Role
+from tinfer.errors import InvalidRequest, ModelNotFound
 
 ApiHandler = Callable[[Api, web.Request], Awaitable[web.StreamResponse]]
 
@@ -42,6 +46,7 @@ def create_app(service: Service, renderer: Renderer, options: ApiOptions) -> web
         ("GET", "/version", _version),
         ("GET", "/debug/ledger", _ledger),
         ("GET", "/debug/state", _state),
+        ("POST", "/debug/role", _role),
     ]
     for method, path, handler in routes:
         app.router.add_route(method, path, functools.partial(handler, api))
@@ -97,3 +102,20 @@ async def _ledger(api: Api, request: web.Request) -> web.Response:
 
 async def _state(api: Api, request: web.Request) -> web.Response:
     return json_response(api.service.state())
+
+
+class RoleWish(Struct, forbid_unknown_fields=True):
+    """The body of `POST /debug/role`."""
+
+    worker: str
+    role: Literal["prefill", "decode"]
+
+
+async def _role(api: Api, request: web.Request) -> web.Response:
+    """202: it takes the role once it has drained, which `/debug/state` shows."""
+    try:
+        wish = msgspec.json.decode(await request.read(), type=RoleWish)
+    except msgspec.DecodeError as error:
+        raise InvalidRequest(str(error)) from error
+    api.service.ask_role(wish.worker, Role(wish.role))
+    return web.json_response({"worker": wish.worker, "role": wish.role}, status=202)

@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from tinfer.api.trace import Trace
 from tinfer.core.sampling import SamplingSpec, TokenLogprobs
-from tinfer.core.types import Route
+from tinfer.core.types import Role, Route
 
 
 class Generation(Struct, frozen=True):
@@ -87,4 +87,8 @@ class Service(Protocol):
 
     def state(self) -> dict[str, Any]:
         """Workers and requests by phase: the body of `/debug/state`."""
+        ...
+
+    def ask_role(self, worker_id: str, role: Role) -> None:
+        """Have a worker change its role once it has drained. Raises `InvalidRequest`."""
         ...

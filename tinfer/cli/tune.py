@@ -94,7 +94,7 @@ after Ctrl-C, and then nothing is stored.
     type=click.IntRange(min=1),
     default=5,
     show_default=True,
-    help="Visits of each point; batches that decode have many steps in one, and at most 3.",
+    help="Visits of each point, fewer of those that take seconds.",
 )
 @click.option(
     "--seed",

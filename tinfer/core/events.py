@@ -146,6 +146,15 @@ class LeaseOverdue(Struct, tag=True, frozen=True):
     lease: LeaseKey
 
 
+class RoleAsked(Struct, tag=True, frozen=True):
+    """A person wants that worker in that role, whatever the flip policy; answered by `RoleRefused`
+    or, once it has drained, by `RoleChanged`."""
+
+    worker_id: str
+    generation: int
+    role: Role
+
+
 class Tick(Struct, tag=True, frozen=True):
     """Time has passed; lets policies that wait for time act."""
 
@@ -165,6 +174,7 @@ Event = (
     | LeaseOpened
     | LeaseEnded
     | LeaseOverdue
+    | RoleAsked
     | Tick
 )
 
@@ -222,6 +232,14 @@ class RoleChanged(Struct, tag=True, frozen=True):
     reason: str
 
 
+class RoleRefused(Struct, tag=True, frozen=True):
+    """The worker keeps its role, for this reason."""
+
+    worker_id: str
+    generation: int
+    reason: str
+
+
 class ReleaseLease(Struct, tag=True, frozen=True):
     """Tell the owner that no reader will come, or that it is dead."""
 
@@ -249,6 +267,7 @@ Action = (
     | AbortOn
     | SetBudget
     | RoleChanged
+    | RoleRefused
     | ReleaseLease
     | ExtendLease
     | Fail

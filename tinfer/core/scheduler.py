@@ -18,6 +18,7 @@ from tinfer.core.demand import Demand
 from tinfer.core.fleet import Fleet
 from tinfer.core.ledger import Lease, LeaseState, Ledger
 from tinfer.core.lengths import certain
+from tinfer.core.policies.flips import Flip, why_not_flip
 from tinfer.core.policies.interfaces import Placement
 from tinfer.core.policies.registry import build_policies
 from tinfer.core.requests import Request, RequestTable
@@ -122,6 +123,8 @@ class Scheduler:
                 self._lease_ended(event)
             case ev.LeaseOverdue():
                 self._lease_overdue(event)
+            case ev.RoleAsked():
+                self._role_asked(event)
             case ev.WorkerExpected():
                 self._fleet.expect(event.worker_id, event.role)
             case ev.WorkerUp():
@@ -283,6 +286,17 @@ class Scheduler:
                 worker.prefill_progress(request, computed_tokens)
                 self._settle(request, now_s)
 
+    def _role_asked(self, event: ev.RoleAsked) -> None:
+        worker = self._fleet.get(event.worker_id, event.generation)
+        if worker is None:
+            why: str | None = "it is not up"
+        else:
+            why = why_not_flip(worker, event.role, self._fleet)
+        if why is not None or worker is None:
+            refused = ev.RoleRefused(event.worker_id, event.generation, str(why))
+            return self._actions.append(refused)
+        self._begin_flip(Flip(worker, event.role, "asked for"))
+
     # --- placement ---------------------------------------------------------------------------
 
     def _settle(self, request: Request, now_s: float) -> None:
@@ -380,12 +394,15 @@ class Scheduler:
         num_queued = sum(map(len, self._queues.values()))
         chosen = self._policies.flip.flip(self._fleet, num_queued, self._demand, now_s)
         if chosen is not None:
-            self._fleet.begin_flip(chosen.worker, chosen.role)
-            self._flip_reasons[chosen.worker.id] = chosen.reason
+            self._begin_flip(chosen)
         for worker in self._fleet.end_flips() if self._flip_reasons else ():
             reason = self._flip_reasons.pop(worker.id)
             changed = ev.RoleChanged(worker.id, worker.generation, worker.role, reason)
             self._actions.append(changed)
+
+    def _begin_flip(self, flip: Flip) -> None:
+        self._fleet.begin_flip(flip.worker, flip.role)
+        self._flip_reasons[flip.worker.id] = flip.reason
 
     def _set_budgets(self) -> None:
         for worker in self._fleet.workers:

@@ -73,6 +73,7 @@ class Dispatcher:
         self._lease_ttl_s = lease_ttl_s
         self._predictor = predictor
         self.event_log: EventLog | None = None
+        self._refused_role: str | None = None
         # Tokens per KV block, once a worker has said; without it no prefix is told from another.
         self.block_tokens: int | None = None
         # Roles that the scheduler has changed since the start, by worker.
@@ -151,6 +152,13 @@ class Dispatcher:
             self.changed_roles.pop(event.worker_id, None)
         if isinstance(event, events.WorkerDown):
             self._bereave(Incarnation(event.worker_id, event.generation))
+
+    def ask_role(self, worker: Incarnation, role: Role) -> None:
+        """Have a worker take a role once it has drained. Raises `InvalidRequest` if it cannot."""
+        self._refused_role = None
+        self._post(events.RoleAsked(*worker, role))
+        if self._refused_role is not None:
+            raise InvalidRequest(f"worker {worker.worker_id} stays as it is: {self._refused_role}")
 
     def _bereave(self, dead: Incarnation) -> None:
         """Forget what only a dead worker still had a part in."""
@@ -285,6 +293,8 @@ class Dispatcher:
             case events.RoleChanged(worker_id, _, role, reason):
                 log.info("worker %s is a %s worker now: %s", worker_id, role.value, reason)
                 self.changed_roles[worker_id] = role
+            case events.RoleRefused(_, _, reason):
+                self._refused_role = reason
             case events.ReleaseLease(key):
                 self._send(_owner(key), wire.ReleaseLease(_lease(key)))
             case events.ExtendLease(key):

@@ -11,7 +11,8 @@ import msgspec
 
 from tinfer.api.service import Generation, ModelCard, Stream
 from tinfer.core.scheduler import Scheduler
-from tinfer.errors import NoWorker
+from tinfer.core.types import Role
+from tinfer.errors import InvalidRequest, NoWorker
 from tinfer.master.loop import Dispatcher
 from tinfer.master.supervisor import Life, Supervisor
 from tinfer.wire.links import Incarnation
@@ -84,6 +85,13 @@ class MasterService:
             and body["stale_mappings"] == 0
         )
         return body
+
+    def ask_role(self, worker_id: str, role: Role) -> None:
+        slot = self._supervisor.slots.get(worker_id)
+        if slot is None:
+            known = ", ".join(sorted(self._supervisor.slots))
+            raise InvalidRequest(f"there is no worker {worker_id!r}; there are: {known}")
+        self._dispatcher.ask_role(Incarnation(worker_id, slot.generation), role)
 
     def state(self) -> dict[str, Any]:
         views = {view.worker_id: view for view in self._scheduler.workers_snapshot()}

@@ -1,12 +1,14 @@
 """What an engine has beside its batch, and what of it the next step computes: vLLM's rules, and
 another order of prompts.
 
-First come, first served: prompts that run, then what waits, with a preempted request before all
-others. By fewest tokens left: prompts that run and prompts that wait are one row, so a short one
-that has just come takes the tokens of a long one under way; pulls keep their place among what waits
-in order of arrival. Either way whoever is next of those who wait and does not fit holds up those
-behind, but nothing that runs, except that a prompt which only waits for tokens of the step's budget
-does not hold up a pull, which costs none.
+First come, first served (`fcfs`): prompts that run, and then what waits, with a preempted request
+before all others. By fewest tokens left (`srpt`): prompts that run and prompts that wait are one
+row, so a short one that has just come takes the tokens of a long one under way; a pull waits for
+the prompt whose turn it is if that came before it, and the prompt for the pull if not.
+
+Either way who waits, has its turn and does not fit holds up all others that wait, and nothing that
+runs; but a prompt which only waits for tokens of the step's budget does not hold up a pull, which
+costs none.
 """
 
 from __future__ import annotations
@@ -138,6 +140,8 @@ class Queues:
         the step's chunks in their order, and those whose pull is to begin, each with the tokens
         that it lacks. Blocks are taken; who was let in has in `computed` what a cache had.
         """
+        if not (self.prefilling or self.prompts or self.pulls):
+            return [], []
         rest = deque(self._running_in_order())
         num_reserved = sum(self._lacks(job, job.computed) for job in rest)
         step = _Step(prompt_tokens, num_seats, beside, rest, num_reserved)

@@ -52,8 +52,8 @@ class Job:
 
     `computed` are the tokens whose KV is here, `generated` the ones sampled here. While the job
     decodes both are kept by the batch. `refs` are the hashed blocks it shares; `lease` is, for a
-    decode, what it reads. `arrival` counts what came; `rank` orders what waits, and later what runs;
-    `entry` is the batch's.
+    decode, what it reads. `arrival` counts what came; `rank` orders what waits, and later what
+    runs; `entry` is the batch's.
     """
 
     ticket: Ticket

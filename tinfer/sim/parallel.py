@@ -39,7 +39,7 @@ def done_in_parallel(
     ends early (by an error, Ctrl-C, or because nobody goes on with it) the processes are stopped.
     """
     with tqdm(total=len(tasks), desc=words, file=sys.stderr, disable=not show_progress) as bar:
-        if num_jobs == 1 or len(tasks) == 1:
+        if num_jobs == 1 or len(tasks) <= 1:
             for place, task in enumerate(tasks):
                 yield place, work(task)
                 bar.update(1)

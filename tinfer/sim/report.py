@@ -101,13 +101,15 @@ def result_of(
 def baseline_of(arms: Sequence[Arm], figures: Sequence[Mapping[str, float]]) -> int | None:
     """The place of the better replicas, by goodput at the loose SLO and then by mean E2EL; else of
     the second arm; None where there is but one."""
+    if len(arms) == 1:
+        return None
     replicas = [
         place
         for place, arm in enumerate(arms)
         if isinstance(arm, ReplicasArm) and arm.name.startswith("replicas")
     ]
     if not replicas:
-        return 1 if len(arms) > 1 else None
+        return 1
     return max(
         replicas,
         key=lambda place: (

@@ -66,12 +66,13 @@ class EngineSpec(Struct, frozen=True, kw_only=True):
     blocks that stays free when a request is admitted beside others. `chunked_prefill` false: a
     prompt is scheduled whole or not at all, and a step has only prompts or only decodes, prompts
     first. `prefill_order`: which prompts a step computes first, those that run and then those that
-    wait (`fcfs`, vLLM), or of all of them those with the fewest tokens left (`srpt`). `pads_chunks`:
-    a step of prompts alone takes as long as one of `max_num_batched_tokens` prompt tokens, the rest
-    of which are zeros that look back at nothing. `prefill_tax`: by what share prompts take longer,
-    all of a step that has nothing else and what they add to one that decodes (in the paper, arXiv
-    2401.11181 section 5.2.2, a length predictor beside them). `noise`: standard deviation of the
-    logarithm of each step's time; its mean stays. `num_devices`: what counts in resource time.
+    wait (`fcfs`, vLLM), or of all of them those with the fewest tokens left (`srpt`).
+    `pads_chunks`: a step of prompts alone takes as long as one of `max_num_batched_tokens` prompt
+    tokens, the rest of which are zeros that look back at nothing. `prefill_tax`: by what share
+    prompts take longer, all of a step without decodes and what they add to one with (in the paper,
+    arXiv 2401.11181 section 5.2.2, a length predictor runs beside them). `noise`: standard
+    deviation of the logarithm of each step's time; its mean stays. `num_devices`: what counts in
+    resource time.
 
     Raises `ValueError` for `srpt` or `pads_chunks` without chunks.
     """

@@ -27,6 +27,13 @@ MAX_CHUNKS = 8
 HANDOFF_TOKENS = (16, 128, 512, 1024, 2048, 4096)
 
 
+class Prompt(NamedTuple):
+    """A prompt alone, computed in steps of a chunk each."""
+
+    tokens: int
+    chunk_tokens: int
+
+
 class Batch(NamedTuple):
     """So many sequences that decode, after prompts of this length."""
 
@@ -41,6 +48,9 @@ class MixedStep(NamedTuple):
     prefill_tokens: int
 
 
+Point = Prompt | Batch | MixedStep
+
+
 def prefill_sizes(room: KvRoom) -> list[int]:
     """Powers of two and what lies in the middle between them, up to a step's or the model's limit,
     which is the last."""
@@ -53,15 +63,15 @@ def prefill_sizes(room: KvRoom) -> list[int]:
     return sorted(sizes)
 
 
-def chunked_prompts(room: KvRoom, chunk_tokens: int) -> list[tuple[int, int]]:
-    """(chunk, prompt) tokens for later chunks: of the size to serve with, and a quarter of it."""
+def chunked_prompts(room: KvRoom, chunk_tokens: int) -> list[Prompt]:
+    """For later chunks: of the size to serve with, and of a quarter of it."""
     limit = min(room.max_model_len - 1, int(USED_SHARE * room.num_tokens))
     largest = min(chunk_tokens, room.step_tokens)
     found = []
     for chunk in dict.fromkeys((largest, max(1, largest // 4))):
         num_chunks = min(MAX_CHUNKS, limit // chunk)
         if num_chunks >= 2:
-            found.append((chunk, num_chunks * chunk))
+            found.append(Prompt(num_chunks * chunk, chunk))
     return found
 
 

@@ -29,7 +29,7 @@ async def handoffs(
 ) -> list[HandoffPoint]:
     """A point per prompt length. The first hand-off, in which the reader maps the owner's memory,
     is not counted."""
-    progress.stage("hand-off, first round", 1)
+    progress.stage("first hand-off", 1)
     await driver.hand_off(sizes[0])
     progress.visited()
 

@@ -1,28 +1,30 @@
-"""The stages of measuring on one worker, in their order: each needs what the ones before found."""
+"""Measures steps on one worker: all points of all kinds in turns, after a first look at prompts.
+
+A box that is slower for a while then is slower for points of every kind, and costs that are fitted
+to them together still fit together.
+"""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from tinfer.errors import StartError
 from tinfer.tune.chunk import choose_chunk
 from tinfer.tune.points import KvRoom, StepPoint
 from tinfer.tuner import design
-from tinfer.tuner.design import Batch, MixedStep
+from tinfer.tuner.design import Batch, MixedStep, Point, Prompt
 from tinfer.tuner.driver import Driver, SeenStep
 from tinfer.tuner.rounds import Progress, rounds
 
 # A prompt whose step took so long is the last and largest of the curve.
 LONGEST_STEP_S = 4.0
-# Points of batches have many samples in one visit.
-MAX_BATCH_VISITS = 3
 NUM_LOOP_STEPS = 48
 
 
 class Stages:
-    """`room`, `loop_s` and `prefill_token_s` (of the largest prompts) are known after `all_steps`,
-    `room` before."""
+    """`room` is known from the begin, `loop_s` and `prefill_token_s` (of the largest prompts) after
+    `all_steps`."""
 
     def __init__(self, driver: Driver, repeats: int, progress: Progress) -> None:
         self.room = room_of(driver)
@@ -35,18 +37,20 @@ class Stages:
     async def all_steps(self) -> list[StepPoint]:
         """Every point of a step. Raises `StartError` where the engine is too small for any."""
         self.loop_s = await self._measure_loop()
-        prefills = await self._prefills()
-        chunk_tokens = choose_chunk(prefills, self.room.block_tokens).chunk_tokens
-        self.prefill_token_s = max(p.step_s / p.prefill_tokens for p in prefills[-2:])
+        prompts, seen = await self._first_look()
+        chunk_tokens = choose_chunk(seen, self.room.block_tokens).chunk_tokens
+        self.prefill_token_s = max(p.step_s / p.prefill_tokens for p in seen[-2:])
         batches = design.batches(self.room, self.prefill_token_s)
         if not batches:
             raise StartError("cannot measure: the KV cache or --max-model-len is too small")
-        return [
-            *prefills,
-            *await self._later_chunks(chunk_tokens),
-            *await self._decodes(batches),
-            *await self._mixed(design.mixed_steps(self.room, chunk_tokens, batches)),
+        points: list[Point] = [
+            *prompts,
+            *design.chunked_prompts(self.room, chunk_tokens),
+            *batches,
+            *design.mixed_steps(self.room, chunk_tokens, batches),
         ]
+        steps = await rounds(self._progress, "steps", points, self._visit, self._repeats)
+        return [made for point, some in steps.items() for made in self._points_of(point, some)]
 
     async def _measure_loop(self) -> float:
         """What a worker spends between two steps, from a lone sequence; warms it up as well."""
@@ -58,109 +62,58 @@ class Stages:
         between_s = [s.period_s - s.busy_s for s in seen if s.period_s is not None]
         return max(0.0, statistics.median(between_s)) if between_s else 0.0
 
-    async def _prefills(self) -> list[StepPoint]:
-        sizes = await self._bearable(design.prefill_sizes(self.room))
-
-        async def visit(size: int) -> list[float]:
-            return [self._alone_s(step) for step in await self._run(size, 1)]
-
-        samples = await rounds(self._progress, "prefill", sizes, visit, self._repeats)
-        return [
-            StepPoint(
-                kind="prefill",
-                prefill_tokens=size,
-                context_tokens=size * size / 2.0,
-                samples_s=tuple(samples[size]),
-            )
-            for size in sizes
-        ]
-
-    async def _bearable(self, sizes: Sequence[int]) -> list[int]:
-        """The sizes up to the first that takes too long, each tried once, which does not count:
-        kernels are made and memory is touched for the first time."""
-        self._progress.stage("prefill, first round", len(sizes))
-        found = []
+    async def _first_look(self) -> tuple[list[Prompt], list[StepPoint]]:
+        """The prompts of the curve, up to the first that takes too long, and one try of each. It
+        does not count: kernels are made and memory is touched for the first time."""
+        sizes = design.prefill_sizes(self.room)
+        self._progress.stage("first look", len(sizes))
+        prompts: list[Prompt] = []
+        seen: list[StepPoint] = []
         for size in sizes:
-            steps = await self._run(size, 1)
-            found.append(size)
+            prompt = Prompt(size, self.room.step_tokens)
+            steps = await self._visit(prompt)
+            prompts.append(prompt)
+            seen += self._points_of(prompt, steps)
             self._progress.visited()
             if steps[-1].busy_s > LONGEST_STEP_S:
                 break
-        return found
+        return prompts, seen
 
-    async def _later_chunks(self, chunk_tokens: int) -> list[StepPoint]:
-        samples: dict[tuple[int, float], list[float]] = {}
+    # --- one visit ----------------------------------------------------------------------------
 
-        async def visit(prompt: tuple[int, int]) -> list[float]:
-            self._driver.limit_prefill(prompt[0])
-            _, *later = await self._run(prompt[1], 1)
-            for step in later:
-                key = step.prefill_tokens, step.context_tokens
-                samples.setdefault(key, []).append(self._alone_s(step))
-            return []
+    async def _visit(self, point: Point) -> list[SeenStep]:
+        """The steps that are samples of the point."""
+        match point:
+            case Prompt(tokens, chunk_tokens):
+                self._driver.limit_prefill(chunk_tokens)
+                steps = await self._run(tokens, 1)
+                self._driver.limit_prefill(None)
+                # The first chunk is like a prompt that ends with it, which is a point of its own.
+                return steps[1:] if tokens > chunk_tokens else steps
+            case Batch():
+                self._start(point)
+                whole = [
+                    step
+                    for step in await self._driver.steps_to_end()
+                    if _has_all(step, point) and not step.prefill_tokens
+                ]
+                return whole[design.NUM_SETTLING_STEPS :]
+            case MixedStep():
+                return await self._beside(point)
 
-        prompts = design.chunked_prompts(self.room, chunk_tokens)
-        await rounds(self._progress, "later chunks", prompts, visit, self._repeats)
-        self._driver.limit_prefill(None)
-        return [
-            StepPoint(
-                kind="later-chunk",
-                prefill_tokens=tokens,
-                context_tokens=context_tokens,
-                samples_s=tuple(seconds),
-            )
-            for (tokens, context_tokens), seconds in sorted(samples.items())
-        ]
-
-    async def _decodes(self, batches: Sequence[Batch]) -> list[StepPoint]:
-        async def visit(batch: Batch) -> list[SeenStep]:
-            self._start(batch)
-            steps = await self._driver.steps_to_end()
-            whole = [s for s in steps if _has_all(s, batch) and not s.prefill_tokens]
-            return whole[design.NUM_SETTLING_STEPS :]
-
-        visits = min(self._repeats, MAX_BATCH_VISITS)
-        seen = await rounds(self._progress, "decode", batches, visit, visits)
-        return [
-            StepPoint(
-                kind="decode",
-                num_decodes=batch.num_decodes,
-                kv_tokens=_mean_kv_tokens(steps),
-                samples_s=_periods_s(steps),
-            )
-            for batch, steps in seen.items()
-            if steps
-        ]
-
-    async def _mixed(self, mixed: Sequence[MixedStep]) -> list[StepPoint]:
-        visits = min(self._repeats, MAX_BATCH_VISITS)
-        seen = await rounds(self._progress, "mixed", mixed, self._beside, visits)
-        return [
-            StepPoint(
-                kind="mixed",
-                prefill_tokens=one.prefill_tokens,
-                context_tokens=one.prefill_tokens**2 / 2.0,
-                num_decodes=one.batch.num_decodes,
-                kv_tokens=_mean_kv_tokens(steps),
-                samples_s=_periods_s(steps),
-            )
-            for one, steps in seen.items()
-            if steps
-        ]
-
-    async def _beside(self, one: MixedStep) -> list[SeenStep]:
+    async def _beside(self, point: MixedStep) -> list[SeenStep]:
         """The batch decodes; whenever it has done so alone for a few steps a prompt comes, and the
         step that computes it is a sample."""
-        self._start(one.batch)
+        self._start(point.batch)
         found = []
         num_quiet = 0
         while (step := await self._driver.step()) is not None:
-            whole = _has_all(step, one.batch)
-            if whole and (step.num_prompts, step.prefill_tokens) == (1, one.prefill_tokens):
+            whole = _has_all(step, point.batch)
+            if whole and (step.num_prompts, step.prefill_tokens) == (1, point.prefill_tokens):
                 found.append(step)
             num_quiet = num_quiet + 1 if whole and not step.prefill_tokens else 0
             if num_quiet == design.NUM_SETTLING_STEPS:
-                self._driver.start(one.prefill_tokens, 1)
+                self._driver.start(point.prefill_tokens, 1)
         return found
 
     def _start(self, batch: Batch) -> None:
@@ -171,9 +124,42 @@ class Stages:
         self._driver.start(prompt_tokens, output_tokens)
         return await self._driver.steps_to_end()
 
-    def _alone_s(self, step: SeenStep) -> float:
-        """A step after which nothing came has no period; the loop's share is added instead."""
-        return step.busy_s + self.loop_s
+    # --- what the visits brought --------------------------------------------------------------
+
+    def _points_of(self, point: Point, steps: Sequence[SeenStep]) -> Iterator[StepPoint]:
+        """None where no step came out as wanted."""
+        if not steps:
+            return
+        match point:
+            case Prompt(tokens, chunk_tokens):
+                for context_tokens in sorted({step.context_tokens for step in steps}):
+                    some = [step for step in steps if step.context_tokens == context_tokens]
+                    yield StepPoint(
+                        kind="later-chunk" if tokens > chunk_tokens else "prefill",
+                        prefill_tokens=some[0].prefill_tokens,
+                        context_tokens=context_tokens,
+                        # After the last one comes nothing that would tell when the loop was done.
+                        samples_s=tuple(step.busy_s + self.loop_s for step in some),
+                    )
+            case Batch(num_decodes, _):
+                yield _batch_point(num_decodes, 0, steps)
+            case MixedStep(batch, prefill_tokens):
+                yield _batch_point(batch.num_decodes, prefill_tokens, steps)
+
+
+def _batch_point(num_decodes: int, prefill_tokens: int, steps: Sequence[SeenStep]) -> StepPoint:
+    return StepPoint(
+        kind="mixed" if prefill_tokens else "decode",
+        prefill_tokens=prefill_tokens,
+        context_tokens=prefill_tokens**2 / 2.0,
+        num_decodes=num_decodes,
+        kv_tokens=statistics.fmean(step.kv_tokens for step in steps),
+        samples_s=tuple(step.period_s for step in steps if step.period_s is not None),
+    )
+
+
+def _has_all(step: SeenStep, batch: Batch) -> bool:
+    return step.num_decodes == batch.num_decodes and step.period_s is not None
 
 
 def room_of(driver: Driver) -> KvRoom:
@@ -189,15 +175,3 @@ def room_of(driver: Driver) -> KvRoom:
         max_model_len=ready.max_model_len,
         step_tokens=ready.chunk_tokens,
     )
-
-
-def _has_all(step: SeenStep, batch: Batch) -> bool:
-    return step.num_decodes == batch.num_decodes and step.period_s is not None
-
-
-def _periods_s(steps: Sequence[SeenStep]) -> tuple[float, ...]:
-    return tuple(step.period_s for step in steps if step.period_s is not None)
-
-
-def _mean_kv_tokens(steps: Sequence[SeenStep]) -> float:
-    return statistics.fmean(step.kv_tokens for step in steps)

@@ -128,6 +128,19 @@ def other_role(role: Role) -> Role:
     return Role.DECODE if role is Role.PREFILL else Role.PREFILL
 
 
+def why_not_flip(worker: Worker, role: Role, fleet: Fleet) -> str | None:
+    """What keeps that worker from taking that role; None where nothing does."""
+    if role not in (Role.PREFILL, Role.DECODE) or worker.role not in (Role.PREFILL, Role.DECODE):
+        return "only prefill and decode workers change roles"
+    if worker.flips_to is not None:
+        return f"it drains to become a {worker.flips_to.value} worker"
+    if worker.role is role:
+        return f"it is a {role.value} worker"
+    if not may_leave(worker, fleet):
+        return f"it is the only {worker.role.value} worker"
+    return None
+
+
 def may_leave(worker: Worker, fleet: Fleet) -> bool:
     """Whether its role can spare it: another worker of it stays, and it is not on the move."""
     if worker.role not in (Role.PREFILL, Role.DECODE) or worker.flips_to is not None:
