@@ -42,7 +42,7 @@ def test_figure_19_has_32_heavy_decodes(num_decode: int) -> None:
 
 
 def test_the_papers_modes() -> None:
-    vllm, tetri, replicas, auto = paper.headline_arms(SETTING, 0)
+    vllm, tetri, replicas, auto, *_ = paper.headline_arms(SETTING, 0)
     assert isinstance(vllm, ReplicasArm) and isinstance(replicas, ReplicasArm)
     assert isinstance(tetri, TinferArm) and isinstance(auto, TinferArm)
     assert (vllm.num_replicas, vllm.engine.max_num_seqs, vllm.engine.num_devices) == (1, 16, 2)
