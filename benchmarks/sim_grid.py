@@ -10,14 +10,16 @@ than the best other arm by mean E2EL or throughput, then those in which interfer
     python benchmarks/sim_grid.py --boxes cpu-51m --workers 2 --loads 0.5,0.95 --num-requests 200 \\
         --seeds 2 --runs small.jsonl
 
-Results are appended to --runs as they come; what is there already is not computed again, so an
-interrupted grid goes on where it was. --report only reads them.
+A box is a preset, or NAME=FILE with a file of `tinfer tune`. Results are appended to --runs as they
+come; what is there already is not computed again, so an interrupted grid goes on where it was.
+--report only reads them.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,13 +28,15 @@ from pathlib import Path
 import msgspec
 import numpy as np
 from msgspec import Struct
+from msgspec.structs import replace
 
 import tinfer
 from tinfer.bench.compare.capacity import RateSearch, judge
+from tinfer.cli.sim_options import measured
 from tinfer.config import ServeConfig
 from tinfer.master.scheduling import scheduler_config
 from tinfer.sim import grid
-from tinfer.sim.arms import Arm, ReplicasArm, baseline_arm, run_arm
+from tinfer.sim.arms import Arm, baseline_arm, run_arm
 from tinfer.sim.baselines import unloaded_slos
 from tinfer.sim.boxes import Box, preset_box
 from tinfer.sim.grid import Cell, CellTask, Figures, Slos, Verdict
@@ -41,14 +45,17 @@ from tinfer.sim.parallel import default_jobs, done_in_parallel
 from tinfer.sim.planner import configured, guessed_rps
 from tinfer.sim.plots import figure, saved
 from tinfer.sim.report import encoded, number, table
-from tinfer.sim.sources import Source, at_rate, requests_of
-from tinfer.sim.spec import SimRequest
+from tinfer.sim.sources import Source, requests_of
+from tinfer.sim.spec import EngineSpec, SimRequest
 from tinfer.sim.workload import sim_requests
 
 BOXES = ("cpu-51m", "paper", "gpu-estimate")
 # Draws of the cells count up from 0.
 PROBE_SEED = 999
 NUM_UNLOADED = 20
+# A probe's arrivals last as long as so many of the longest answers, or it has this many requests.
+PROBE_ANSWERS = 5.0
+MAX_PROBE_REQUESTS = 20_000
 
 
 class Options(Struct, frozen=True, kw_only=True):
@@ -104,22 +111,22 @@ class FullTask(Struct, frozen=True, kw_only=True):
 
 
 def full_load(task: FullTask) -> Full:
-    """The rate; None where even the lowest one probed is too much."""
+    """The rate; None where even the lowest one probed is too much.
+
+    Arrivals of a probe last several times as long as the longest answer: a queue that grows has to
+    have the time to show it.
+    """
     replicas = [
         baseline_arm(kind, task.box, 0, task.num_workers, ServeConfig()) for kind in grid.REPLICAS
     ]
-    source = Source(
-        workload=task.workload,
-        num_requests=task.options.probe_requests,
-        burstiness=1.0,
-        seed=PROBE_SEED,
-    )
-    requests = _requests(at_rate(source, 1.0), task.box, task.options)
-    alone_s = _alone_s(task.box, requests)
+    least = task.options.probe_requests
+    requests = _probe(task, 1.0, least)
+    longest_s = _longest_s(requests, task.box)
     search = RateSearch(guessed_rps(task.box.replica, task.num_workers, requests))
     while search.next_rps is not None:
-        probe = _requests(at_rate(source, search.next_rps), task.box, task.options)
-        search.tell(any(_is_bounded(arm, probe, alone_s) for arm in replicas))
+        num = math.ceil(search.next_rps * PROBE_ANSWERS * longest_s)
+        probe = _probe(task, search.next_rps, min(MAX_PROBE_REQUESTS, max(least, num)))
+        search.tell(any(_is_bounded(arm, probe, task.box, longest_s) for arm in replicas))
     return Full(
         box=task.box.name,
         num_workers=task.num_workers,
@@ -129,23 +136,41 @@ def full_load(task: FullTask) -> Full:
     )
 
 
-def _is_bounded(arm: Arm, requests: Sequence[SimRequest], alone_s: Sequence[float]) -> bool:
+def _probe(task: FullTask, rate_rps: float, num_requests: int) -> tuple[SimRequest, ...]:
+    source = Source(
+        workload=task.workload,
+        num_requests=num_requests,
+        rate_rps=rate_rps,
+        burstiness=1.0,
+        seed=PROBE_SEED,
+    )
+    return _requests(source, task.box, task.options)
+
+
+def _is_bounded(arm: Arm, requests: Sequence[SimRequest], box: Box, longest_s: float) -> bool:
     run = run_arm(arm, requests)
     if not all(one.ok for one in run.requests):
         return False
-    firsts: dict[str, list[float]] = {}
-    for one, taken_s in zip(run.requests, alone_s, strict=True):
-        firsts.setdefault(one.task, []).append(taken_s)
-    longest_s = max(max(of_task[:NUM_UNLOADED]) for of_task in firsts.values())
     sent_s = [one.arrival_s for one in run.requests]
     end_s = [one.last_token_s or 0.0 for one in run.requests]
+    alone_s = [_alone_s(one, box.replica) for one in requests]
     return judge(sent_s, end_s, alone_s, 0, longest_s).bounded
 
 
-def _alone_s(box: Box, requests: Sequence[SimRequest]) -> list[float]:
-    """What each request takes on an idle replica."""
-    arm = ReplicasArm(name="alone", engine=box.replica, num_replicas=1)
-    return [run_arm(arm, [one]).requests[0].e2el_s or 0.0 for one in requests]
+def _longest_s(requests: Sequence[SimRequest], box: Box) -> float:
+    """The longest of the first requests of each class, each alone on a replica."""
+    by_task: dict[str, list[float]] = {}
+    for one in requests:
+        by_task.setdefault(one.task, []).append(_alone_s(one, box.replica))
+    return max(max(of_task[:NUM_UNLOADED]) for of_task in by_task.values())
+
+
+def _alone_s(request: SimRequest, engine: EngineSpec) -> float:
+    """What a request takes on an idle replica, but for messages."""
+    costs, prompt_tokens = engine.costs, request.prompt_tokens
+    kv_tokens = prompt_tokens + request.output_tokens / 2.0
+    later_s = (request.output_tokens - 1) * costs.decode_step_s(1, kv_tokens)
+    return costs.prefill_s(prompt_tokens, engine.max_num_batched_tokens) + later_s
 
 
 def _requests(source: Source, box: Box, options: Options) -> tuple[SimRequest, ...]:
@@ -155,10 +180,9 @@ def _requests(source: Source, box: Box, options: Options) -> tuple[SimRequest, .
 # --- cells ---------------------------------------------------------------------------------------
 
 
-def cell_task(full: Full, load: float, seed: int, options: Options) -> CellTask:
+def cell_task(box: Box, full: Full, load: float, seed: int, options: Options) -> CellTask:
     """One draw of one cell; `full` has a rate."""
     assert full.rate_rps is not None
-    box = preset_box(full.box)
     chunk = grid.saturating_chunk(box.decode.costs)
     config = configured(
         ServeConfig(max_num_batched_tokens=max(chunk, ServeConfig().max_num_seqs)), options.config
@@ -182,18 +206,27 @@ def cell_task(full: Full, load: float, seed: int, options: Options) -> CellTask:
 
 
 class Runs:
-    """The file of runs: what is in it, and what is appended."""
+    """The file of runs: what is in it, and what is appended.
 
-    def __init__(self, path: Path, options: Options) -> None:
+    `options` None only reads, and takes those of the file.
+    """
+
+    def __init__(self, path: Path, options: Options | None) -> None:
         self._path = path
+        self.options = options or Options()
         self.full: dict[tuple[str, int, str], Full] = {}
         self.runs: dict[tuple[Cell, int], Run] = {}
-        lines = _lines(path) if path.exists() else []
-        for line in lines:
-            self._take(line)
-            if line.options is not None and line.options != options:
-                raise SystemExit(f"{path} has runs with other options: {line.options}")
-        if not lines:
+        data = path.read_bytes() if path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        for line in filter(None, whole.splitlines()):
+            self._take(msgspec.json.decode(line, type=Line))
+        if options is None:
+            return
+        if self.options != options:
+            raise SystemExit(f"{path} has runs with other options: {self.options}")
+        # A torn last line is cut off, so that what is appended stands alone.
+        path.write_bytes(whole)
+        if not whole:
             self.add(Line(options=options))
 
     def add(self, line: Line) -> None:
@@ -202,23 +235,17 @@ class Runs:
         self._take(line)
 
     def _take(self, line: Line) -> None:
+        if line.options is not None:
+            self.options = line.options
         if line.full is not None:
             self.full[line.full.key] = line.full
         if line.run is not None:
             self.runs[line.run.cell, line.run.seed] = line.run
 
 
-def _lines(path: Path) -> list[Line]:
-    """All whole lines; a torn last one is cut off, so that what is appended stands alone."""
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        path.write_bytes(whole)
-    return [msgspec.json.decode(line, type=Line) for line in whole.splitlines() if line]
-
-
 def run_grid(
     runs: Runs,
+    boxes: Mapping[str, Box],
     keys: Sequence[tuple[str, int, str]],
     loads: Sequence[float],
     seeds: Sequence[int],
@@ -227,7 +254,7 @@ def run_grid(
 ) -> None:
     """Everything that is not there yet. Ctrl-C ends it with what is there."""
     searches = [
-        FullTask(box=preset_box(box), num_workers=num, workload=workload, options=options)
+        FullTask(box=boxes[box], num_workers=num, workload=workload, options=options)
         for box, num, workload in keys
         if (box, num, workload) not in runs.full
     ]
@@ -235,7 +262,7 @@ def run_grid(
         runs.add(Line(full=full))
     # All cells of a draw come before the next draw: an early look has something of everything.
     tasks = [
-        cell_task(runs.full[key], load, seed, options)
+        cell_task(boxes[key[0]], runs.full[key], load, seed, options)
         for seed in seeds
         for key in keys
         if runs.full[key].rate_rps is not None
@@ -371,11 +398,11 @@ def main(words: Sequence[str] | None = None) -> None:
         config=dict(pair.split("=", 1) for pair in given.option),
     )
     keys = [(b, n, w) for b in given.boxes for n in given.workers for w in given.workloads]
-    runs = Runs(given.runs, options)
+    runs = Runs(given.runs, None if given.report else options)
     started_s = time.monotonic()
     if not given.report:
         with contextlib.suppress(KeyboardInterrupt):
-            run_grid(runs, keys, given.loads, range(given.seeds), options, given.jobs)
+            run_grid(runs, given.boxes, keys, given.loads, range(given.seeds), options, given.jobs)
     verdicts = verdicts_of(runs.runs.values())
     print("\n".join(text(verdicts, runs.full.values(), given.all)))
     if given.json is not None:
@@ -384,8 +411,8 @@ def main(words: Sequence[str] | None = None) -> None:
             "version": tinfer.__version__,
             "python": platform.python_version(),
             "wall_s": round(time.monotonic() - started_s, 1),
-            "options": options,
-            "costs": {box: preset_box(box).decode.costs for box in given.boxes},
+            "options": runs.options,
+            "engines": {name: box.decode for name, box in given.boxes.items()},
         }
         body = {"full_loads": list(runs.full.values()), "cells": verdicts}
         given.json.write_bytes(encoded({**head, **body}))
@@ -396,7 +423,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--boxes", type=_words, default=BOXES)
+    parser.add_argument("--boxes", type=_boxes, default=_boxes(",".join(BOXES)))
     parser.add_argument("--workers", type=lambda t: tuple(map(int, _words(t))), default=(2, 4, 8))
     parser.add_argument("--workloads", type=_words, default=grid.WORKLOADS)
     parser.add_argument("--loads", type=lambda t: tuple(map(float, _words(t))), default=grid.LOADS)
@@ -414,6 +441,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--plot", type=Path, help="draw into this folder")
     return parser
+
+
+def _boxes(words: str) -> dict[str, Box]:
+    """By name; the name is the preset's, or the one given to a measured box."""
+    boxes = {}
+    for word in _words(words):
+        name, _, file = word.partition("=")
+        boxes[name] = replace(measured(Path(file)) if file else preset_box(name), name=name)
+    return boxes
 
 
 def _words(text_: str) -> tuple[str, ...]:

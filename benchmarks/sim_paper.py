@@ -27,6 +27,7 @@ from msgspec import Struct, to_builtins
 
 import tinfer
 from tinfer.core.lengths import HEAVY_TOKENS
+from tinfer.master.scheduling import scheduler_config
 from tinfer.sim import paper
 from tinfer.sim.arms import run_arm
 from tinfer.sim.paired import Estimate, mean_of
@@ -93,7 +94,7 @@ def _requests(task: Task) -> tuple[SimRequest, ...]:
 def _arms(task: Task) -> Sequence[Any]:
     match task.experiment:
         case "table":
-            return paper.headline_arms(task.setting, task.seed)
+            return paper.headline_arms(task.setting, task.seed, scheduler_config)
         case "figure 16":
             return paper.order_arms(task.setting, task.seed)
         case "figure 18":

@@ -99,13 +99,15 @@ def preemption(model_dir: str, num_blocks: int, num_rounds: int, tokens: int | N
     """All kinds at once, in rounds: each starts with another kind, so each has its turn as the
     youngest."""
     engine = Stepped(model_dir, num_blocks)
-    engine.budget(tokens)
     kinds = list(KINDS)
     for number in range(num_rounds):
+        engine.budget(0)
         for kind in kinds[number:] + kinds[:number]:
             engine.start(
                 f"{kind}-{number}", prompt(64, kinds.index(kind)), max_tokens=ANSWER, **KINDS[kind]
             )
+        engine.until_compiled()
+        engine.budget(tokens)
         engine.drain()
     return engine.done()
 

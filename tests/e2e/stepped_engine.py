@@ -173,6 +173,16 @@ class Stepped:
             self.step()
         raise AssertionError("not reached")
 
+    def until_compiled(self) -> None:
+        """Wait for all grammars, which threads compile: who starts when depends on them."""
+        scheduler: Any = self.engine._scheduler
+        guided = [r.structured_output_request for r in scheduler.requests.values()]
+        for _ in range(MAX_WAITS):
+            if all(one is None or one.grammar is not None for one in guided):
+                return
+            select.select([self.engine.wake_fd()], [], [], POLL_S)
+        raise AssertionError("a grammar is not compiled")
+
     def drain(self) -> None:
         self.until(lambda: not self.engine.has_requests())
 

@@ -86,13 +86,16 @@ def test_a_worker_that_cannot_start_ends_it(tmp_path: Path) -> None:
     assert "cannot start: fake engine: 2 blocks" in done.stderr.splitlines()[-1]
 
 
-def test_ctrl_c_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("num_presses", [1, 2])
+def test_ctrl_c_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_presses: int
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     pictures = tmp_path / "pictures"
     arguments = ("-m", "tinfer", "tune", *flags(step_s=0.05), "--plot", str(pictures))
     with on_terminal(Path.cwd(), *arguments) as program:
         program.see("first look")
-        program.type(CTRL_C)
+        program.type(CTRL_C * num_presses)
         assert program.wait_end() == 130
         assert "Traceback" not in program.screen and "tokens/s" not in program.screen
     assert stored(tmp_path) == [] and not pictures.exists()

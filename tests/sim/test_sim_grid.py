@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from benchmarks import sim_grid
+from tests.unit.tune_box import tuning
 from tinfer.config import ServeConfig
 from tinfer.core.costs import CostModel
 from tinfer.master.scheduling import scheduler_config
@@ -18,6 +19,7 @@ from tinfer.sim import grid
 from tinfer.sim.boxes import preset_box
 from tinfer.sim.grid import Cell, Figures
 from tinfer.sim.paired import Estimate
+from tinfer.tune import store
 
 CELL = Cell("cpu-51m", 2, "Mixed", 0.7)
 OFFERED_RPS = 10.0
@@ -201,6 +203,21 @@ def test_ctrl_c_reports_what_is_there(
 def test_runs_of_other_options_are_refused(ran: Path) -> None:
     with pytest.raises(SystemExit, match="other options"):
         run(ran, "--num-requests", "61")
+
+
+def test_a_report_alone_changes_no_file(ran: Path, tmp_path: Path) -> None:
+    torn = (ran / "runs.jsonl").read_bytes()[:-5]
+    (tmp_path / "runs.jsonl").write_bytes(torn)
+    found = run(tmp_path, "--report", "--num-requests", "61")
+    assert (tmp_path / "runs.jsonl").read_bytes() == torn
+    assert len(found["cells"]) == 4 and found["options"]["num_requests"] == 60
+
+
+def test_a_measured_box_has_the_name_given_to_it(tmp_path: Path) -> None:
+    path = store.save(tuning(), tmp_path)
+    boxes = sim_grid._boxes(f"mine={path},paper")
+    assert list(boxes) == ["mine", "paper"]
+    assert boxes["mine"].name == "mine" and boxes["mine"].decode.costs == tuning().costs
 
 
 def test_the_report_lists_losses_first(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import sim_paper
 from tinfer.core.lengths import HEAVY_TOKENS
+from tinfer.master.scheduling import scheduler_config
 from tinfer.sim import paper
 from tinfer.sim.arms import ReplicasArm, TinferArm
 from tinfer.sim.paper import Setting
@@ -42,7 +43,7 @@ def test_figure_19_has_32_heavy_decodes(num_decode: int) -> None:
 
 
 def test_the_papers_modes() -> None:
-    vllm, tetri, replicas, auto, *_ = paper.headline_arms(SETTING, 0)
+    vllm, tetri, replicas, auto, *_ = paper.headline_arms(SETTING, 0, scheduler_config)
     assert isinstance(vllm, ReplicasArm) and isinstance(replicas, ReplicasArm)
     assert isinstance(tetri, TinferArm) and isinstance(auto, TinferArm)
     assert (vllm.num_replicas, vllm.engine.max_num_seqs, vllm.engine.num_devices) == (1, 16, 2)

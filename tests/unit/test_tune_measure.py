@@ -46,7 +46,7 @@ def room(**changes: int) -> KvRoom:
 async def test_measuring_finds_the_costs_that_the_workers_have() -> None:
     watch = Watch()
     found = await measure(SimWorkers(COSTS, LOOP_S, [ready(), ready()]), 3, 0, watch)
-    assert found.loop_s == pytest.approx(LOOP_S)
+    assert found.loop_s == pytest.approx(LOOP_S) and found.waited_share == 0.0
     fitted = fit(found.steps, found.handoffs, COSTS.source)
     for name in COSTS.__struct_fields__[:-1]:
         assert getattr(fitted.costs, name) == pytest.approx(getattr(COSTS, name), rel=1e-6), name
@@ -62,6 +62,15 @@ async def test_measuring_finds_the_costs_that_the_workers_have() -> None:
         "first hand-off",
         "hand-off",
     ]
+
+
+async def test_what_a_worker_waits_for_its_core_is_taken_out() -> None:
+    crowded = SimWorkers(COSTS, LOOP_S, [ready(), ready()], crowd=3.0)
+    found = await measure(crowded, 2, 0, Watch())
+    assert found.waited_share == pytest.approx(0.75, rel=0.05)
+    fitted = fit(found.steps, found.handoffs, COSTS.source)
+    for name in COSTS.__struct_fields__[:-1]:
+        assert getattr(fitted.costs, name) == pytest.approx(getattr(COSTS, name), rel=1e-6), name
 
 
 async def test_one_worker_is_measured_without_a_hand_off() -> None:
@@ -93,15 +102,15 @@ async def test_steps_are_seen_as_they_are() -> None:
     driver.limit_prefill(64)
     driver.start(100, 3)
     first, second, third, fourth = await driver.steps_to_end()
-    assert first[2:] == (64, 64 * 32.0, 1, 0, 0) and first.period_s is None
-    assert second[2:] == (36, 36 * 82.0, 1, 0, 0)
-    assert third[2:] == (0, 0, 0, 1, 101) and fourth.kv_tokens == 102
-    for step in (second, third, fourth):
-        assert step.period_s == pytest.approx(step.busy_s + LOOP_S)
+    assert first[4:] == (64, 64 * 32.0, 1, 0, 0) and second[4:] == (36, 36 * 82.0, 1, 0, 0)
+    assert third[4:] == (0, 0, 0, 1, 101) and fourth.kv_tokens == 102
+    assert [step.is_first for step in (first, second, third, fourth)] == [True, *[False] * 3]
+    for step in (first, second, third, fourth):
+        assert step.elapsed_s == pytest.approx(step.busy_s + LOOP_S) and step.waited_s == 0.0
     assert await driver.step() is None
     driver.start(10, 1)
     (alone,) = await driver.steps_to_end()
-    assert alone == SeenStep(None, alone.busy_s, 10, 50.0, 1, 0, 0)
+    assert alone == SeenStep(True, alone.elapsed_s, 0.0, alone.busy_s, 10, 50.0, 1, 0, 0)
     assert alone.busy_s + LOOP_S == pytest.approx(COSTS.step_s(10, 0, 0, 50.0))
 
 

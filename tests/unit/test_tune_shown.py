@@ -58,6 +58,8 @@ def test_doubts_are_said() -> None:
     assert list(warnings_of(tuning())) == []
     (noise,) = warnings_of(noisy(tuning()))
     assert noise == "samples lie 33% apart: this box did other things as well"
+    (crowd,) = warnings_of(msgspec.structs.replace(noisy(tuning()), waited_share=0.4))
+    assert "waited for its core for 40% of its time" in crowd
     growing = msgspec.structs.replace(tuning().chunk, is_saturated=False)
     (words,) = warnings_of(msgspec.structs.replace(tuning(), chunk=growing))
     assert "may still grow beyond" in words

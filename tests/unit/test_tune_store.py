@@ -14,7 +14,7 @@ import pytest
 from tests.unit.tune_box import IDENTITY, tuning
 from tinfer.errors import StartError
 from tinfer.tune import store
-from tinfer.tune.identity import cpu_name, hash_of_model
+from tinfer.tune.identity import cpu_name, hash_of_model, identity_of
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
@@ -141,3 +141,21 @@ def test_who_a_model_and_a_processor_are(tmp_path: Path) -> None:
     assert cpu_name(info) == "A Fast One"
     info.write_text("processor\t: 0\n")
     assert cpu_name(info) and cpu_name(tmp_path / "nothing") == cpu_name(info)
+
+
+def test_an_identity_from_what_is_known_of_a_worker(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    known: dict[str, Any] = {
+        "num_threads": 1,
+        "directory": tmp_path,
+        "weights_bytes": 5,
+        "dtype": "bfloat16",
+        "tensor_parallel_size": 2,
+    }
+    gpu = identity_of(gpu_model="NVIDIA H200", enforce_eager=False, **known)
+    assert (gpu.device, gpu.is_eager, gpu.tensor_parallel_size) == ("NVIDIA H200", False, 2)
+    assert identity_of(gpu_model="NVIDIA H200", enforce_eager=True, **known) != gpu
+    cpu = identity_of(gpu_model=None, enforce_eager=False, **known)
+    assert (cpu.device, cpu.is_eager) == (cpu_name(), True)
+    fake = identity_of(gpu_model=None, enforce_eager=False, is_fake=True, **known)
+    assert fake.device == "fake engine" and fake.model_hash == cpu.model_hash

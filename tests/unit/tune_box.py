@@ -94,6 +94,7 @@ def tuning(handoffs: bool = True) -> Tuning:
         repeats=3,
         seed=0,
         loop_s=1e-4,
+        waited_share=0.0,
         kv=ROOM,
         steps=tuple(points()),
         handoffs=tuple(moved),

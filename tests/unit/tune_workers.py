@@ -8,10 +8,8 @@ import msgspec
 from msgspec import Struct
 
 from tinfer.core.costs import CostModel
-from tinfer.tuner.driver import Received
+from tinfer.tuner.driver import Moment, Received
 from tinfer.wire import messages as wire
-
-MESSAGE_S = 1e-4
 
 
 class _Running(Struct):
@@ -24,11 +22,16 @@ class _Running(Struct):
 class SimWorker:
     """Steps like vLLM: decodes first, then prompts in order, within a step's tokens."""
 
-    def __init__(self, name: str, costs: CostModel, loop_s: float, ready: wire.Ready) -> None:
+    def __init__(
+        self, name: str, costs: CostModel, loop_s: float, ready: wire.Ready, crowd: float
+    ) -> None:
         self.name = name
         self.ready = ready
         self.now_s = 0.0
         self.budget: int | None = None
+        # Others get the core for as long as each step computes, times this.
+        self.crowd = crowd
+        self.waited_s = 0.0
         self._costs = costs
         self._loop_s = loop_s
         self._running: list[_Running] = []
@@ -47,12 +50,12 @@ class SimWorker:
                 if tokens >= self.ready.max_model_len:
                     words = f"{tokens} tokens are too many"
                     refused = wire.Refused(message.request_id, words, True)
-                    said.append(Received(self.now_s, self.name, refused))
+                    said.append(self._news(refused))
                 elif message.kind == "decode":
                     self.now_s += self._costs.handoff_total_s(tokens)
                     done = wire.PullDone(message.request_id, True, "", 64 * tokens, 1e-4, 1e-3)
-                    said.append(Received(self.now_s, self.name, done))
-                    said.append(Received(self.now_s, self.name, self._last(message)))
+                    said.append(self._news(done))
+                    said.append(self._news(self._last(message)))
                 else:
                     self._running.append(_Running(message, tokens))
         return said
@@ -87,12 +90,17 @@ class SimWorker:
         self._running = [
             one for one in self._running if one.output_tokens < _wanted_tokens(one.start)
         ]
-        busy_s = self._costs.step_s(num_prefill, num_decodes, kv, context) - self._loop_s
+        alone_s = self._costs.step_s(num_prefill, num_decodes, kv, context) - self._loop_s
+        busy_s = alone_s * (1.0 + self.crowd)
+        self.waited_s += busy_s - alone_s
         self._busy_s += busy_s
         self._num_steps += 1
         self._num_prompt_tokens += num_prefill
         self.now_s += busy_s + self._loop_s
-        return Received(self.now_s, self.name, wire.Step(outputs, self._stats(), progress))
+        return self._news(wire.Step(outputs, self._stats(), progress))
+
+    def _news(self, message: wire.ToMaster) -> Received:
+        return Received(Moment(self.now_s, self.waited_s), self.name, message)
 
     def _output(self, one: _Running) -> wire.Output:
         source = None
@@ -125,21 +133,27 @@ class SimWorker:
 class SimWorkers:
     """Implements `driver.Workers`. Raises `AssertionError` where a real one would wait forever."""
 
-    def __init__(self, costs: CostModel, loop_s: float, ready: list[wire.Ready]) -> None:
+    def __init__(
+        self, costs: CostModel, loop_s: float, ready: list[wire.Ready], crowd: float = 0.0
+    ) -> None:
         names = [f"worker-{number}" for number in range(len(ready))]
         self._workers = {
-            name: SimWorker(name, costs, loop_s, one)
+            name: SimWorker(name, costs, loop_s, one, crowd)
             for name, one in zip(names, ready, strict=True)
         }
         self.ready = dict(zip(names, ready, strict=True))
         self._now_s = 0.0
         self._said: deque[Received] = deque()
 
+    def moment(self, worker_id: str) -> Moment:
+        return Moment(self._now_s, self._workers[worker_id].waited_s)
+
     def send(self, worker_id: str, message: wire.ToWorker) -> None:
         self._said += self._workers[worker_id].handle(message, self._now_s)
         if isinstance(message, wire.Start) and message.source is not None:
             ended = wire.LeasesEnded([message.source.lease], wire.WorkerStats())
-            self._said.append(Received(self._now_s, message.source.worker_id, ended))
+            moment = Moment(self._now_s, 0.0)
+            self._said.append(Received(moment, message.source.worker_id, ended))
 
     async def receive(self) -> Received:
         if not self._said:
@@ -147,7 +161,7 @@ class SimWorkers:
             self._said += [step for step in steps if step is not None]
         assert self._said, "nobody is going to say anything"
         received = self._said.popleft()
-        self._now_s = max(self._now_s, received.at_s)
+        self._now_s = max(self._now_s, received.moment.at_s)
         return received
 
 

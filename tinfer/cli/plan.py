@@ -97,21 +97,15 @@ def command(context: click.Context, /, **given: Any) -> None:
     their SLO. Printed are the ranking, the `tinfer serve` line of the best one, and its margin over
     the next best and over plain replicas on the same GPUs.
     """
-    try:
+
+    def planned() -> int:
         options = _options(given, _given_names(context))
         from tinfer.master.scheduling import scheduler_config
         from tinfer.sim.plan_app import run
 
-        code = run(options, scheduler_config)
-    except StartError as error:
-        click.echo(f"tinfer: {error.message}", err=True)
-        code = sim_options.EXIT_CANNOT_START
-    except OSError as error:
-        click.echo(f"tinfer: {error.filename or 'cannot write'}: {error.strerror}", err=True)
-        code = sim_options.EXIT_CANNOT_START
-    except KeyboardInterrupt:
-        code = sim_options.EXIT_INTERRUPTED
-    sys.exit(code)
+        return run(options, scheduler_config)
+
+    sys.exit(sim_options.ended(planned))
 
 
 def _given_names(context: click.Context) -> set[str]:
@@ -136,7 +130,12 @@ def _options(given: dict[str, Any], given_names: set[str]) -> PlanOptions:
     boxes = _boxes(given.pop("presets"), given.pop("tuned"))
     swept = {name: values for name, values in SWEPT.items() if name not in given_names}
     if "max_num_batched_tokens" in swept:
-        measured = {str(box.chunk_tokens) for box in boxes if box.chunk_tokens is not None}
+        # A step holds a token of every sequence, so it cannot be smaller.
+        measured = {
+            str(max(box.chunk_tokens, config.max_num_seqs))
+            for box in boxes
+            if box.chunk_tokens is not None
+        }
         chunks = {*swept["max_num_batched_tokens"], *measured}
         swept["max_num_batched_tokens"] = tuple(sorted(chunks, key=int))
     source = sim_options.taken_source(given, None)

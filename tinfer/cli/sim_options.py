@@ -13,6 +13,7 @@ import click
 
 from tinfer.cli.options import options_of
 from tinfer.config import ServeConfig
+from tinfer.errors import StartError
 
 if TYPE_CHECKING:
     from tinfer.sim.boxes import Box
@@ -147,6 +148,19 @@ def measured(path: Path) -> Box:
         num_devices=tuning.identity.tensor_parallel_size,
         chunk_tokens=tuning.chunk.chunk_tokens,
     )
+
+
+def ended(run: Callable[[], int]) -> int:
+    """The exit code; what cannot be done is one line on standard error."""
+    try:
+        return run()
+    except StartError as error:
+        click.echo(f"tinfer: {error.message}", err=True)
+    except OSError as error:
+        click.echo(f"tinfer: {error.filename or 'cannot write'}: {error.strerror}", err=True)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    return EXIT_CANNOT_START
 
 
 def parse_settings(pairs: tuple[str, ...]) -> dict[str, float]:

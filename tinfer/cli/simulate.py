@@ -10,7 +10,6 @@ import click
 
 from tinfer import config as configuration
 from tinfer.cli import sim_options
-from tinfer.errors import StartError
 
 if TYPE_CHECKING:
     from tinfer.sim.app import SimulateOptions
@@ -93,21 +92,15 @@ def command(**given: Any) -> None:
 
     Time is virtual, engines are cost models; the same options always give the same result.
     """
-    try:
+
+    def simulated() -> int:
         options = _options(given)
         from tinfer.master.scheduling import scheduler_config
         from tinfer.sim.app import run
 
-        code = run(options, scheduler_config)
-    except StartError as error:
-        click.echo(f"tinfer: {error.message}", err=True)
-        code = sim_options.EXIT_CANNOT_START
-    except OSError as error:
-        click.echo(f"tinfer: {error.filename or 'cannot write'}: {error.strerror}", err=True)
-        code = sim_options.EXIT_CANNOT_START
-    except KeyboardInterrupt:
-        code = sim_options.EXIT_INTERRUPTED
-    sys.exit(code)
+        return run(options, scheduler_config)
+
+    sys.exit(sim_options.ended(simulated))
 
 
 def _options(given: dict[str, Any]) -> SimulateOptions:

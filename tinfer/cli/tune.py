@@ -9,6 +9,7 @@ tinfer/tune/tuning.py and of the structs within it:
   model         as it was named; transport: how KV blocks moved, "none" without a hand-off
   versions      of tinfer, python and the engine's packages; date (UTC); repeats; seed
   loop_s        what a worker spends between two steps; part of every sample of a step
+  waited_share  of the worker's time, spent waiting for its core; in no sample
   kv            num_blocks, block_tokens, kv_bytes, bytes_per_token, max_num_seqs, max_model_len,
                 step_tokens of the worker that was measured
   steps         per point: kind (prefill, later-chunk, decode, mixed), prefill_tokens,
@@ -68,7 +69,9 @@ ones between two workers of this box, from the order to the report; not on
 a box with one GPU. The costs are fitted to the medians with the least
 relative squares; prompts beside sequences that decode are a check only.
 \b
-Nothing else should compute meanwhile: a line says so if it did.
+Nothing else should compute meanwhile: a line says so if it did. What a
+worker waited for its core is taken out of the steps' times, as the kernel
+counts it, but not what it lost by sharing caches and memory.
 \b
 The tuning is stored in $XDG_CACHE_HOME/tinfer/tune (~/.cache by default),
 one file per device, number of threads, model, dtype and tensor-parallel

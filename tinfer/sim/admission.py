@@ -105,6 +105,7 @@ class Queues:
 
     def _tokens_left(self, job: Job) -> tuple[int, int]:
         """Of a prompt that runs or waits; ties by arrival."""
+        # What runs has computed something, what waits nothing.
         computed = job.computed or self._pool.hits(job)[0] * self._pool.block_tokens
         return job.target - computed, job.arrival
 

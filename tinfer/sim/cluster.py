@@ -156,6 +156,8 @@ class Cluster:
                 engine_of[lease.worker_id].end_lease(at_s, lease)
             case ev.RoleChanged():
                 pass  # a label of the scheduler's own: engines know of no roles
+            case ev.RoleRefused():
+                raise SimulationError("a role was refused, and nobody asks for one here")
             case ev.ExtendLease():
                 raise SimulationError("a lease was extended, and no simulated lease runs out")
             case ev.Fail(rid, cause):

@@ -22,13 +22,14 @@ from collections.abc import Callable, Sequence
 from msgspec import Struct
 from msgspec.structs import replace
 
+from tinfer.config import ServeConfig
 from tinfer.core.policies.registry import DECODE_CHOICES
 from tinfer.core.requests import Request as CoreRequest
 from tinfer.core.types import Role, SchedulerConfig
 from tinfer.core.worker import Worker
 from tinfer.predict.predictors import PAPER_ACCURACY, PAPER_GRANULARITY_TOKENS
 from tinfer.sim import presets
-from tinfer.sim.arms import PredictorSpec, ReplicasArm, TinferArm
+from tinfer.sim.arms import PredictorSpec, ReplicasArm, SchedulerOf, TinferArm
 from tinfer.sim.boxes import preset_box, taxed
 from tinfer.sim.spec import SimRequest, WorkerSpec
 from tinfer.sim.workload import sim_requests
@@ -184,20 +185,23 @@ def replicas_arm(num_engines: int = 2) -> ReplicasArm:
     return ReplicasArm(name=REPLICAS, engine=presets.PAPER_REPLICA, num_replicas=num_engines)
 
 
-def auto_arm(setting: Setting, seed: int) -> TinferArm:
-    """tinfer as it comes, on the paper's engines and with its predictor."""
-    scheduler = SchedulerConfig(costs=presets.PAPER_ENGINE.costs, seed=seed)
+def auto_arm(setting: Setting, seed: int, scheduler_of: SchedulerOf) -> TinferArm:
+    """tinfer with the defaults of `tinfer serve`, on the paper's engines, with its predictor."""
+    scheduler = scheduler_of(ServeConfig(seed=seed), presets.PAPER_ENGINE.costs)
     return tetri_arm(AUTO, scheduler, setting)
 
 
-def headline_arms(setting: Setting, seed: int) -> list[TinferArm | ReplicasArm]:
+def headline_arms(
+    setting: Setting, seed: int, scheduler_of: SchedulerOf
+) -> list[TinferArm | ReplicasArm]:
     """Figures 11 to 15, and what could explain them."""
     tetri = tetri_arm(TETRI, paper_scheduler(seed), setting)
     explaining = [
         one_prompt_per_pass(UNMERGED, tetri, 0.0),
         one_prompt_per_pass(UNMERGED_SLOWER, tetri, EXTRA_PASS_S),
     ]
-    return [vllm_arm(), tetri, replicas_arm(), auto_arm(setting, seed), *explaining]
+    auto = auto_arm(setting, seed, scheduler_of)
+    return [vllm_arm(), tetri, replicas_arm(), auto, *explaining]
 
 
 def one_prompt_per_pass(name: str, arm: TinferArm, extra_s: float) -> TinferArm:

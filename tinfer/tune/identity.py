@@ -42,6 +42,30 @@ class Identity(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return f"{words}-{self.dtype}-{digest}.json"
 
 
+def identity_of(
+    *,
+    gpu_model: str | None,
+    num_threads: int,
+    directory: Path,
+    weights_bytes: int,
+    dtype: str,
+    tensor_parallel_size: int,
+    enforce_eager: bool,
+    is_fake: bool = False,
+) -> Identity:
+    """Of a worker: without `gpu_model` it is on this box's CPU; `directory` has the model's
+    config.json. Raises `StartError` if that cannot be read."""
+    return Identity(
+        device=FAKE_DEVICE if is_fake else gpu_model or cpu_name(),
+        num_threads=num_threads,
+        model_hash=hash_of_model(directory),
+        weights_bytes=weights_bytes,
+        dtype=dtype,
+        tensor_parallel_size=tensor_parallel_size,
+        is_eager=enforce_eager or gpu_model is None,
+    )
+
+
 def hash_of_model(directory: Path) -> str:
     """Of config.json, byte by byte. Raises `StartError` if it cannot be read."""
     path = directory / CONFIG_NAME

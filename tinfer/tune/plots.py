@@ -80,12 +80,15 @@ def _draw_prefill(tuning: Tuning) -> Figure:
         axes.axvline(tuning.chunk.threshold_tokens, color=_MARK, linestyle=":")
         axes.set_xlabel("prompt tokens in the step")
         _log2_ticks(axes, sizes)
+    # Beside its line, on the side where there is room.
+    is_left = tuning.chunk.threshold_tokens**2 <= sizes[0] * sizes[-1]
     rate.annotate(
         f"threshold {tuning.chunk.threshold_tokens} ({SATURATED_SHARE:.0%} of the best)\n"
         f"chunk {tuning.chunk.chunk_tokens}",
         (tuning.chunk.threshold_tokens, 0.0),
-        xytext=(6, 8),
+        xytext=(6 if is_left else -6, 8),
         textcoords="offset points",
+        horizontalalignment="left" if is_left else "right",
         fontsize="small",
     )
     latency.legend(fontsize="small")

@@ -15,7 +15,8 @@ class StepPoint(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     `prefill`: a prompt alone in one step; `later-chunk`: a chunk behind others of its prompt;
     `decode`: only sequences that decode; `mixed`: a prompt in one step beside those. `samples_s`
-    has one entry per step, from its begin to the begin of what could follow it on that worker.
+    has one entry per step, from its begin to the begin of what could follow it on that worker,
+    without what the worker waited for its core meanwhile.
     """
 
     kind: StepKind

@@ -9,8 +9,10 @@ from tinfer.tune.fit import predicted_s, relative_error
 from tinfer.tune.points import HandoffPoint, StepKind, StepPoint
 from tinfer.tune.tuning import Tuning
 
-# A box on which samples of one point lie further apart did other things meanwhile.
+# Shares beyond which a box did other things meanwhile: of the median, between the quartiles of one
+# point's samples, and of the worker's time, waiting for its core.
 NOISY = 0.1
+MUCH_WAITING = 0.05
 _WIDTH = 12
 _ERRORS = {
     "prefill": "prefill",
@@ -41,7 +43,13 @@ def lines_of(tuning: Tuning) -> Iterator[str]:
 
 def warnings_of(tuning: Tuning) -> Iterator[str]:
     """What makes the result doubtful."""
-    if tuning.noise > NOISY:
+    if tuning.waited_share > MUCH_WAITING:
+        yield (
+            f"this box did other things as well: the worker waited for its core for "
+            f"{tuning.waited_share:.0%} of its time; the waits are taken out, but not what sharing "
+            "caches and memory with others took"
+        )
+    elif tuning.noise > NOISY:
         yield f"samples lie {tuning.noise:.0%} apart: this box did other things as well"
     if not tuning.chunk.is_saturated:
         yield (

@@ -27,6 +27,8 @@ class Tuning(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     `transport` how KV blocks moved, `versions` those of tinfer, Python and the engine's packages,
     `date` when it was measured (UTC, ISO 8601), `repeats` and `seed` as asked for. `loop_s` is what
     a worker spends between two steps on messages; it is part of every sample of a step.
+    `waited_share` is the share of its time in which the worker wanted to run and its core was given
+    to something else; that time is not in the samples.
     """
 
     version: int = VERSION
@@ -38,6 +40,7 @@ class Tuning(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     repeats: int
     seed: int
     loop_s: float
+    waited_share: float
     kv: KvRoom
     steps: tuple[StepPoint, ...]
     handoffs: tuple[HandoffPoint, ...]

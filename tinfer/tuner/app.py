@@ -34,7 +34,7 @@ from tinfer.master.preparation import prepare
 from tinfer.tune import store
 from tinfer.tune.chunk import choose_chunk
 from tinfer.tune.fit import fit
-from tinfer.tune.identity import FAKE_DEVICE, Identity, cpu_name, hash_of_model
+from tinfer.tune.identity import Identity, identity_of
 from tinfer.tune.tuning import Tuning
 from tinfer.tuner.box import Box
 from tinfer.tuner.measure import Measured, measure
@@ -73,7 +73,7 @@ def tune(options: TuneOptions) -> Tuning:
             decision = prepare(config, claims)
         except KeyboardInterrupt as error:
             raise Interrupted(signal.SIGINT) from error
-        identity = identity_of(config, decision, gpus)
+        identity = worker_identity(config, decision, gpus)
         measured, transport = uvloop.run(_measured(config, decision, options))
         return _tuning(options, identity, decision.plan.model, transport, measured)
 
@@ -84,7 +84,7 @@ def stored(config: ServeConfig) -> Tuning:
         gpus = _gpus(config)
         config = with_workers(config, len(gpus))
         decision = plan.decide(config, plan.look_around(config, claims))
-    identity = identity_of(config, decision, gpus)
+    identity = worker_identity(config, decision, gpus)
     found = store.load_for(identity)
     if found is None:
         raise StartError(
@@ -102,24 +102,19 @@ def with_workers(config: ServeConfig, num_gpus: int) -> ServeConfig:
     return msgspec.structs.replace(config, prefill=1, decode=1)
 
 
-def identity_of(config: ServeConfig, decision: Decision, gpus: Sequence[Gpu]) -> Identity:
-    """Of the worker that is measured, the first of the plan."""
+def worker_identity(config: ServeConfig, decision: Decision, gpus: Sequence[Gpu]) -> Identity:
+    """Of the worker that is measured, the first of the plan. Raises `StartError`."""
     placement = decision.placements[0]
-    models = {gpu.uuid: gpu.model for gpu in gpus}
-    if config.engine == "fake":
-        device = FAKE_DEVICE
-    elif placement.device == "cuda":
-        device = models[placement.own_devices[0]]
-    else:
-        device = cpu_name()
-    return Identity(
-        device=device,
+    own = placement.own_devices
+    return identity_of(
+        gpu_model=next((gpu.model for gpu in gpus if gpu.uuid in own), None),
         num_threads=placement.num_threads,
-        model_hash=hash_of_model(Path(decision.model.directory)),
+        directory=Path(decision.model.directory),
         weights_bytes=decision.model.weights.num_bytes,
         dtype=decision.plan.dtype,
         tensor_parallel_size=placement.tensor_parallel_size,
-        is_eager=config.enforce_eager or placement.device == "cpu",
+        enforce_eager=config.enforce_eager,
+        is_fake=config.engine == "fake",
     )
 
 
@@ -202,6 +197,7 @@ def _tuning(
         repeats=options.repeats,
         seed=options.seed,
         loop_s=measured.loop_s,
+        waited_share=measured.waited_share,
         kv=measured.kv,
         steps=tuple(measured.steps),
         handoffs=tuple(measured.handoffs),

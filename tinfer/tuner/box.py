@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 from types import TracebackType
 
 from tinfer.config import ServeConfig
@@ -12,7 +13,7 @@ from tinfer.master import transport
 from tinfer.master.plan import Decision
 from tinfer.master.rundir import RunDirectory
 from tinfer.master.supervisor import Life, Supervisor, WorkerSlot
-from tinfer.tuner.driver import Received
+from tinfer.tuner.driver import Moment, Received
 from tinfer.wire import messages as wire
 from tinfer.wire.links import Incarnation, MasterLink
 
@@ -73,6 +74,19 @@ class Box:
 
     # --- for who measures ---------------------------------------------------------------------
 
+    def moment(self, worker_id: str) -> Moment:
+        """Now, and what the kernel has counted of the waits of the worker's main thread, which steps
+        the engine; 0 where it does not count.
+
+        Source: the second figure of /proc/PID/schedstat, nanoseconds.
+        """
+        at_s = time.monotonic()
+        try:
+            figures = Path(f"/proc/{self.ready[worker_id].pid}/schedstat").read_text().split()
+            return Moment(at_s, int(figures[1]) / 1e9)
+        except (OSError, ValueError, IndexError):
+            return Moment(at_s, 0.0)
+
     def send(self, worker_id: str, message: wire.ToWorker) -> None:
         """Hand a message to a worker; never blocks."""
         self._link.send(self._incarnations[worker_id], message)
@@ -94,15 +108,15 @@ class Box:
     # --- what the workers do ------------------------------------------------------------------
 
     def _on_message(self, sender: Incarnation, message: wire.ToMaster) -> None:
-        at_s = time.monotonic()
         match message:
             case wire.Ready():
                 if not self._supervisor.worker_ready(sender, message):
                     self._link.send(sender, wire.Stop())
             case wire.CannotStart(reason) | wire.Fault(reason):
                 self._supervisor.worker_failed(sender, reason)
-            case _:
-                self._received.put_nowait(Received(at_s, sender.worker_id, message))
+            case _ if sender.worker_id in self.ready:
+                moment = self.moment(sender.worker_id)
+                self._received.put_nowait(Received(moment, sender.worker_id, message))
 
     def _up(self, slot: WorkerSlot) -> None:
         self._incarnations[slot.placement.worker_id] = slot.incarnation

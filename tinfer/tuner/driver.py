@@ -1,8 +1,11 @@
 """One running worker under measurement: gives it requests, and tells what each of its steps was.
 
 The worker is the one that `tinfer serve` runs, with its loop and its messages; nothing in it knows
-that it is measured. How long a step took comes from its own counters, what was in it from the
-outputs and the progress that it reports after every step.
+that it is measured. How long a step took comes from its own counters and from when its news come,
+what was in it from the outputs and the progress that it reports after every step.
+
+A process that is ready to run may have to wait for its core where the box does other things as
+well. What the kernel counts of that is taken out again, so that such a box is measured about right.
 """
 
 from __future__ import annotations
@@ -19,10 +22,17 @@ from tinfer.errors import StartError
 from tinfer.wire import messages as wire
 
 
-class Received(NamedTuple):
-    """A worker's message, and when it came (monotonic seconds)."""
+class Moment(NamedTuple):
+    """A time (monotonic seconds), and how long a worker had waited for its core by then in all."""
 
     at_s: float
+    waited_s: float
+
+
+class Received(NamedTuple):
+    """A worker's message, and when it came."""
+
+    moment: Moment
     worker_id: str
     message: wire.ToMaster
 
@@ -34,6 +44,9 @@ class Workers(Protocol):
     def ready(self) -> Mapping[str, wire.Ready]:
         """What each one is, prefill workers first."""
 
+    def moment(self, worker_id: str) -> Moment:
+        """Now."""
+
     def send(self, worker_id: str, message: wire.ToWorker) -> None: ...
 
     async def receive(self) -> Received:
@@ -41,10 +54,17 @@ class Workers(Protocol):
 
 
 class SeenStep(NamedTuple):
-    """One engine step. `period_s` is from the news of the step before to the news of this one, None
-    where the worker was idle between; `num_prompts` had a part in `prefill_tokens`."""
+    """One engine step.
 
-    period_s: float | None
+    `elapsed_s` is from the news of the step before, or from the order where the worker was idle
+    (`is_first`), to the news of this one, without `waited_s`, in which the worker wanted to run and
+    could not. `busy_s` is the step alone, by the worker's clock, with what it waited in it.
+    `num_prompts` had a part in `prefill_tokens`.
+    """
+
+    is_first: bool
+    elapsed_s: float
+    waited_s: float
     busy_s: float
     prefill_tokens: int
     context_tokens: float
@@ -68,12 +88,21 @@ class Driver:
         self._rng = rng
         self._requests: dict[str, _Request] = {}
         self._before = wire.WorkerStats()
-        self._before_at_s: float | None = None
+        self._since = workers.moment(worker_id)
+        self._is_first = True
         self._num_started = 0
+        self._elapsed_s = self._waited_s = 0.0
+
+    @property
+    def waited_share(self) -> float:
+        """Of all time so far in which it had something to do: waiting for its core."""
+        total_s = self._elapsed_s + self._waited_s
+        return self._waited_s / total_s if total_s else 0.0
 
     def start(self, prompt_tokens: int, output_tokens: int, num_requests: int = 1) -> None:
         """Requests that stay on this worker and end by their length. All prompts are there before
         the first is sent, so that few steps begin without some of them."""
+        was_idle = not self._requests
         starts = []
         for _ in range(num_requests):
             self._num_started += 1
@@ -82,6 +111,8 @@ class Driver:
             prompt = random_prompt(prompt_tokens, self.ready.vocab_size, self._rng)
             sampling = fixed_length(output_tokens)
             starts.append(wire.Start(request_id, "whole", prompt, sampling))
+        if was_idle:
+            self._since, self._is_first = self._workers.moment(self._worker_id), True
         for start in starts:
             self._workers.send(self._worker_id, start)
 
@@ -92,16 +123,15 @@ class Driver:
     async def step(self) -> SeenStep | None:
         """The next step; None once all requests have ended. Raises `StartError`."""
         if not self._requests:
-            self._before_at_s = None
             return None
         while True:
-            at_s, worker_id, message = await self._workers.receive()
+            moment, worker_id, message = await self._workers.receive()
             if worker_id != self._worker_id:
                 continue
             if isinstance(message, wire.Refused):
                 raise StartError(f"the engine refused a measurement: {message.message}")
             if isinstance(message, wire.Step):
-                return self._seen(message, at_s)
+                return self._seen(message, moment)
 
     async def steps_to_end(self) -> list[SeenStep]:
         """All steps until all requests have ended."""
@@ -110,7 +140,7 @@ class Driver:
             seen.append(step)
         return seen
 
-    def _seen(self, message: wire.Step, at_s: float) -> SeenStep:
+    def _seen(self, message: wire.Step, moment: Moment) -> SeenStep:
         parts = [self._advance(rid, tokens) for rid, tokens in message.progress]
         num_decodes = kv_tokens = 0
         for output in message.outputs:
@@ -124,10 +154,16 @@ class Driver:
                 kv_tokens += request.prompt_tokens + output.num_output_tokens - 1
             if output.finish_reason is not None:
                 del self._requests[output.request_id]
-        before, before_at_s = self._before, self._before_at_s
-        self._before, self._before_at_s = message.stats, at_s
+        before, since, is_first = self._before, self._since, self._is_first
+        self._before, self._since, self._is_first = message.stats, moment, False
+        waited_s = moment.waited_s - since.waited_s
+        elapsed_s = moment.at_s - since.at_s - waited_s
+        self._elapsed_s += elapsed_s
+        self._waited_s += waited_s
         return SeenStep(
-            period_s=None if before_at_s is None else at_s - before_at_s,
+            is_first=is_first,
+            elapsed_s=elapsed_s,
+            waited_s=waited_s,
             busy_s=message.stats.busy_s - before.busy_s,
             prefill_tokens=(
                 message.stats.num_computed_prompt_tokens - before.num_computed_prompt_tokens

@@ -66,34 +66,36 @@ class HandoffDriver:
         prompt = random_prompt(tokens, self._workers.ready[self._owner].vocab_size, self._rng)
         prefill = wire.Start(request_id, "prefill", prompt, fixed_length(2))
         self._workers.send(self._owner, prefill)
-        ordered_s, first = await self._prefilled()
+        first = await self._prefilled()
         decode = msgspec.structs.replace(
             prefill, kind="decode", source=first.source, first_token=first.token_ids[0]
         )
+        ordered_s = self._workers.moment(self._reader).at_s
         self._workers.send(self._reader, decode)
         at_s, done = await self._ends()
         if not done.ok:
             raise StartError(f"the hand-off failed: {done.reason}")
+        # With what the reader waited for its core: it also waits while its own thread copies.
         return Handoff(at_s - ordered_s, done.copy_s, done.num_bytes)
 
-    async def _prefilled(self) -> tuple[float, wire.Output]:
-        """When the news of it came, and the output, which says where the blocks are held."""
+    async def _prefilled(self) -> wire.Output:
+        """The output, which says where the blocks are held."""
         while True:
-            at_s, _, message = await self._receive()
+            message = (await self._receive()).message
             for output in message.outputs if isinstance(message, wire.Step) else []:
                 if output.source is None:
                     raise StartError(f"the prefill ended by {output.finish_reason}, without blocks")
-                return at_s, output
+                return output
 
     async def _ends(self) -> tuple[float, wire.PullDone]:
         """When the news of the pull came, and the news; the order of the three ends is open."""
         pulled: tuple[float, wire.PullDone] | None = None
         is_answered = is_released = False
         while not (pulled and is_answered and is_released):
-            at_s, _, message = await self._receive()
+            moment, _, message = await self._receive()
             match message:
                 case wire.PullDone():
-                    pulled = at_s, message
+                    pulled = moment.at_s, message
                 case wire.Step(outputs=outputs):
                     is_answered |= any(one.finish_reason is not None for one in outputs)
                 case wire.LeasesEnded():

@@ -18,6 +18,7 @@ class Measured(Struct, frozen=True, kw_only=True):
     """Everything that was measured; `Tuning` says what the fields are."""
 
     loop_s: float
+    waited_share: float
     kv: KvRoom
     steps: list[StepPoint]
     handoffs: list[HandoffPoint]
@@ -38,4 +39,10 @@ async def measure(workers: Workers, repeats: int, seed: int, progress: Progress)
         sizes = design.handoff_sizes(stages.room, stages.prefill_token_s)
         driver = HandoffDriver(workers, first, reader, rng)
         moved = await handoffs(driver, sizes, repeats, progress)
-    return Measured(loop_s=stages.loop_s, kv=stages.room, steps=steps, handoffs=moved)
+    return Measured(
+        loop_s=stages.loop_s,
+        waited_share=stages.waited_share,
+        kv=stages.room,
+        steps=steps,
+        handoffs=moved,
+    )

@@ -23,13 +23,14 @@ NUM_LOOP_STEPS = 48
 
 
 class Stages:
-    """`room` is known from the begin, `loop_s` and `prefill_token_s` (of the largest prompts) after
-    `all_steps`."""
+    """`room` is known from the begin, `loop_s`, `prefill_token_s` (of the largest prompts) and
+    `waited_share` after `all_steps`."""
 
     def __init__(self, driver: Driver, repeats: int, progress: Progress) -> None:
         self.room = room_of(driver)
         self.loop_s = 0.0
         self.prefill_token_s = 0.0
+        self.waited_share = 0.0
         self._driver = driver
         self._repeats = repeats
         self._progress = progress
@@ -50,6 +51,7 @@ class Stages:
             *design.mixed_steps(self.room, chunk_tokens, batches),
         ]
         steps = await rounds(self._progress, "steps", points, self._visit, self._repeats)
+        self.waited_share = self._driver.waited_share
         return [made for point, some in steps.items() for made in self._points_of(point, some)]
 
     async def _measure_loop(self) -> float:
@@ -59,7 +61,7 @@ class Stages:
         self._progress.stage("warm-up", 1)
         seen = await self._run(prompt_tokens, 1 + num_steps)
         self._progress.visited()
-        between_s = [s.period_s - s.busy_s for s in seen if s.period_s is not None]
+        between_s = [s.elapsed_s + s.waited_s - s.busy_s for s in seen if not s.is_first]
         return max(0.0, statistics.median(between_s)) if between_s else 0.0
 
     async def _first_look(self) -> tuple[list[Prompt], list[StepPoint]]:
@@ -138,13 +140,17 @@ class Stages:
                         kind="later-chunk" if tokens > chunk_tokens else "prefill",
                         prefill_tokens=some[0].prefill_tokens,
                         context_tokens=context_tokens,
-                        # After the last one comes nothing that would tell when the loop was done.
-                        samples_s=tuple(step.busy_s + self.loop_s for step in some),
+                        samples_s=tuple(self._alone_s(step) for step in some),
                     )
             case Batch(num_decodes, _):
                 yield _batch_point(num_decodes, 0, steps)
             case MixedStep(batch, prefill_tokens):
                 yield _batch_point(batch.num_decodes, prefill_tokens, steps)
+
+    def _alone_s(self, step: SeenStep) -> float:
+        """After a lone prompt comes no step whose begin would tell when the loop was done with it.
+        The time since the order has too much in it, but is nearer where the step had to wait."""
+        return min(step.busy_s + self.loop_s, step.elapsed_s)
 
 
 def _batch_point(num_decodes: int, prefill_tokens: int, steps: Sequence[SeenStep]) -> StepPoint:
@@ -154,12 +160,12 @@ def _batch_point(num_decodes: int, prefill_tokens: int, steps: Sequence[SeenStep
         context_tokens=prefill_tokens**2 / 2.0,
         num_decodes=num_decodes,
         kv_tokens=statistics.fmean(step.kv_tokens for step in steps),
-        samples_s=tuple(step.period_s for step in steps if step.period_s is not None),
+        samples_s=tuple(step.elapsed_s for step in steps),
     )
 
 
 def _has_all(step: SeenStep, batch: Batch) -> bool:
-    return step.num_decodes == batch.num_decodes and step.period_s is not None
+    return step.num_decodes == batch.num_decodes and not step.is_first
 
 
 def room_of(driver: Driver) -> KvRoom:
