@@ -26,7 +26,8 @@ class Request:
 
     `wish` is the route asked for, None where the policy decides when it starts; `route` the one
     really taken. `at` is the incarnation that computes it: `num_blocks` are counted there for its
-    prompt, of which `prefill_tokens` are still to be computed. Once it decodes, it has one output
+    prompt, of which `prefill_tokens` are still to be computed; `stays` is false where it leaves
+    with its prefill. Once it decodes, it has one output
     token at step `first_step` of that worker, and one more with each further step. `target` is
     the decode worker that it is meant for, where that is settled before its prefill ends.
     """
@@ -44,6 +45,7 @@ class Request:
     at: Worker | None = None
     prefill_tokens: int = 0
     num_blocks: int = 0
+    stays: bool = False
     first_step: int | None = None
     target: Worker | None = None
     # Asked for at every decision: the expected length of its answer, and a few likely ones.

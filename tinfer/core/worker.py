@@ -50,8 +50,11 @@ class Worker:
     num_prefill_tokens: int = 0
     num_free_blocks: int | None = None
     num_preempted: int = 0
-    # A step of all that decodes here, by the model, at speed 1.
+    # A step of all that decodes here, by the model, at speed 1; and with what is to decode here.
     step_s: float = field(init=False)
+    coming_step_s: float = field(init=False)
+    _num_coming: int = 0
+    _coming_tokens: int = 0
     slowness: float = 1.0
     # The role it takes once it has drained.
     flips_to: Role | None = None
@@ -139,8 +142,10 @@ class Worker:
             self.prefilling[request.id] = request
         self.num_placed_blocks += request.num_blocks
         self.most_kv_tokens += self._most_kv_of(request)
-        if request.route is not Route.SPLIT or not prefill_tokens:
+        request.stays = request.route is not Route.SPLIT or not prefill_tokens
+        if request.stays:
             self.outlook.add(request.id, *self.newcomer(request))
+            self._comes(request, 1)
 
     def prefill_progress(self, request: Request, computed_tokens: int) -> None:
         """So much of the prompt is computed, and not all of it."""
@@ -165,9 +170,12 @@ class Worker:
             self._time_step()
             self.outlook.remove(request.id)
             self.outlook.add(request.id, *self.newcomer(request))
+            self._comes(request, -1)
 
     def remove(self, request: Request) -> None:
         """The request no longer computes here."""
+        if request.first_step is None and request.stays:
+            self._comes(request, -1)
         self.prefill_done(request)
         self.most_kv_tokens -= self._most_kv_of(request)
         self.outlook.remove(request.id)
@@ -245,8 +253,19 @@ class Worker:
         chunk_tokens = self.capacity.chunk_tokens
         return chunk_tokens if self.budget_tokens is None else min(chunk_tokens, self.budget_tokens)
 
+    def _comes(self, request: Request, sign: int) -> None:
+        self._num_coming += sign
+        self._coming_tokens += sign * (request.prompt_tokens + 1)
+        self._time_step()
+
     def _time_step(self) -> None:
-        self.step_s = self.costs.decode_step_s(self.num_decoding, self.kv_tokens)
+        costs = self.costs
+        self.step_s = costs.decode_step_s(self.num_decoding, self.kv_tokens)
+        self.coming_step_s = (
+            self.step_s
+            + costs.decode_seq_s * self._num_coming
+            + costs.kv_token_s * self._coming_tokens
+        )
 
     @property
     def capacity_tokens(self) -> int:

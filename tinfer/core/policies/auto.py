@@ -176,7 +176,7 @@ def decode_cost(request: Request, worker: Worker, prefill_share: float, idle: Al
     costs = worker.costs
     added_s = costs.decode_seq_s + costs.kv_token_s * request.prompt_tokens
     # A share u of the time goes to prefills: a step that takes s takes s / (1 - u) with them.
-    mine_s = (worker.step_s + added_s) / (1.0 - prefill_share)
+    mine_s = (worker.coming_step_s + added_s) / (1.0 - prefill_share)
     together = min(1.0, request.expected_tokens * worker.mean_inverse_length)
     theirs_s = worker.num_decoding * together * added_s
     return TPOT_WEIGHT * (mine_s + theirs_s) * worker.slowness / idle.step_s

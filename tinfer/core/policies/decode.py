@@ -52,7 +52,7 @@ def added_cost(request: Request, worker: Worker) -> float:
     """In steps of one sequence alone: its own step there, and what it adds to its neighbours'."""
     costs = worker.costs
     added_s = costs.decode_seq_s + costs.kv_token_s * request.prompt_tokens
-    both_s = worker.step_s + added_s + worker.num_decoding * added_s
+    both_s = worker.coming_step_s + added_s + worker.num_decoding * added_s
     alone_s = costs.decode_step_s(1, request.prompt_tokens)
     return both_s * worker.slowness / alone_s + crowding(request, worker)
 
