@@ -161,7 +161,7 @@ def test_a_prefix_is_worth_what_it_saves_and_no_more() -> None:
 
 def test_a_slow_worker_finishes_later() -> None:
     a, b = worker("a"), worker("b")
-    a.slowness = 2.0
+    a.learn_slowness(2.0)
     assert EarliestFinish().choose(request(), [a, b], 0.0) is b
 
 

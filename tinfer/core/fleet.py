@@ -34,6 +34,7 @@ class Fleet:
         self.split_sources: list[Worker] = []
         self._by_id: dict[str, Worker] = {}
         self._last_generation: dict[str, int] = {}
+        self._slowness: dict[str, float] = {}
         self._expected: dict[str, Role] = {}
 
     def get(self, worker_id: str, generation: int) -> Worker | None:
@@ -64,6 +65,7 @@ class Fleet:
             self._costs,
             self._overflow_z,
         )
+        worker.learn_slowness(self._known_slowness(worker.id))
         self._by_id[worker.id] = worker
         self.expect(worker.id, worker.role)
         self._index()
@@ -74,9 +76,26 @@ class Fleet:
         self._last_generation[worker_id] = max(last, generation)
         worker = self.get(worker_id, generation)
         if worker is not None:
+            self._slowness[worker_id] = worker.slowness
             del self._by_id[worker_id]
             self._index()
         return worker
+
+    def _known_slowness(self, worker_id: str) -> float:
+        """How slow a new incarnation will be: as the last one was, or as the others are. One that
+        is believed slower than they would get no work by which it could show that it is not."""
+        if worker_id in self._slowness:
+            return self._slowness[worker_id]
+        others = [one.slowness for one in self.workers if one.num_steps]
+        return sum(others) / len(others) if others else 1.0
+
+    def share_speed(self) -> None:
+        """Have workers that have not shown their speed yet take that of the others."""
+        unknown = [one for one in self.workers if not one.num_steps]
+        known = [one.slowness for one in self.workers if one.num_steps]
+        if unknown and known:
+            for one in unknown:
+                one.learn_slowness(sum(known) / len(known))
 
     def readers(self, source: Role) -> list[Worker]:
         """Live workers that may read what a worker of role `source` has prefilled."""

@@ -280,6 +280,7 @@ class Scheduler:
         if worker is None:  # late
             return
         worker.stepped(event, now_s)
+        self._fleet.share_speed()
         for request_id, computed_tokens in event.progress:
             request = self._requests.at(request_id, worker)
             if request is not None and request.prefill_tokens:

@@ -18,6 +18,7 @@ from tinfer.core.types import Capacity, Role, Route, WorkerSnapshot
 NUM_OUTSTANDING_CHUNKS = 2
 # For how long what a worker reports counts in what is believed of its speed and its work.
 MEMORY_S = 5.0
+PACE_STEP = 1.25
 
 
 @dataclass(slots=True, eq=False)
@@ -56,6 +57,7 @@ class Worker:
     _num_coming: int = 0
     _coming_tokens: int = 0
     slowness: float = 1.0
+    pace: float = 1.0
     # The role it takes once it has drained.
     flips_to: Role | None = None
     # What `SetBudget` said last.
@@ -201,7 +203,9 @@ class Worker:
             prefill_s = self.costs.prefill_token_s * num_new
             expected_s = num_steps * self.step_s + prefill_s
             ratio = taken_s / max(expected_s, 1e-9)
-            self.slowness += min(1.0, taken_s / MEMORY_S) * (ratio - self.slowness)
+            self.learn_slowness(
+                self.slowness + min(1.0, taken_s / MEMORY_S) * (ratio - self.slowness)
+            )
             # Spread over the time since the last report, of which an idle worker makes none.
             passed_s = max(now_s - self.reported_s, taken_s)
             share = prefill_s * ratio / passed_s
@@ -214,6 +218,12 @@ class Worker:
         self.num_free_blocks = event.num_free_blocks
         self.outlook.advance(event.num_steps)
         self._time_step()
+
+    def learn_slowness(self, slowness: float) -> None:
+        """Believe that; decisions go by it in steps of a quarter, so that of two workers that are
+        alike neither is shunned for what noise makes of them."""
+        self.slowness = slowness
+        self.pace = PACE_STEP ** round(math.log(max(slowness, 1e-6)) / math.log(PACE_STEP))
 
     def generated_tokens(self, request: Request) -> int:
         """Output tokens of a request here, as its worker's steps tell."""
@@ -245,7 +255,7 @@ class Worker:
         costs = self.costs
         num_steps = -(-tokens // self.step_prefill_tokens)
         computing_s = costs.prefill_token_s * tokens + costs.prefill_context_s * tokens**2 / 2.0
-        return (num_steps * self.step_s + computing_s) * self.slowness
+        return (num_steps * self.step_s + computing_s) * self.pace
 
     @property
     def step_prefill_tokens(self) -> int:

@@ -75,8 +75,8 @@ class Box:
     # --- for who measures ---------------------------------------------------------------------
 
     def moment(self, worker_id: str) -> Moment:
-        """Now, and the waits that the kernel has counted of the worker's main thread, which steps the
-        engine; 0 where it does not count.
+        """Now, and the waits of the worker's main thread, which steps the engine, as the kernel
+        counts them; 0 where it does not.
 
         Source: the second figure of /proc/PID/schedstat, nanoseconds.
         """

@@ -133,7 +133,7 @@ class AutoPlacer:
         _, prompt_rate, _ = self._demand.rates(now_s)
         takers = [one for one in fleet.workers if one.role is Role.PREFILL] or fleet.workers
         others = [one for one in fleet.workers if one not in takers]
-        wanted = sum(one.costs.prefill_token_s * one.slowness for one in takers) / len(takers)
+        wanted = sum(one.costs.prefill_token_s * one.pace for one in takers) / len(takers)
         wanted *= prompt_rate
         taken = min(FULL_SHARE, wanted / len(takers))
         left = min(FULL_SHARE, max(0.0, wanted - taken * len(takers)) / max(1, len(others)))
@@ -161,7 +161,7 @@ def prefill_cost(request: Request, worker: Worker, ahead_tokens: int, idle: Alon
     num_new = worker.uncached_tokens(request)
     before_tokens, num_longer = worker.around(num_new)
     own_s = worker.prefill_s(num_new + before_tokens + ahead_tokens)
-    taken_s = worker.costs.prefill_token_s * num_new * worker.slowness
+    taken_s = worker.costs.prefill_token_s * num_new * worker.pace
     # One token of an answer of L tokens, late by a second, makes each of them late by 1 / L.
     stalled = taken_s * worker.sum_inverse_lengths / idle.step_s
     delayed = 0.0
@@ -179,4 +179,4 @@ def decode_cost(request: Request, worker: Worker, prefill_share: float, idle: Al
     mine_s = (worker.coming_step_s + added_s) / (1.0 - prefill_share)
     together = min(1.0, request.expected_tokens * worker.mean_inverse_length)
     theirs_s = worker.num_decoding * together * added_s
-    return TPOT_WEIGHT * (mine_s + theirs_s) * worker.slowness / idle.step_s
+    return TPOT_WEIGHT * (mine_s + theirs_s) * worker.pace / idle.step_s

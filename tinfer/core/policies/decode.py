@@ -54,7 +54,7 @@ def added_cost(request: Request, worker: Worker) -> float:
     added_s = costs.decode_seq_s + costs.kv_token_s * request.prompt_tokens
     both_s = worker.coming_step_s + added_s + worker.num_decoding * added_s
     alone_s = costs.decode_step_s(1, request.prompt_tokens)
-    return both_s * worker.slowness / alone_s + crowding(request, worker)
+    return both_s * worker.pace / alone_s + crowding(request, worker)
 
 
 def crowding(request: Request, worker: Worker) -> float:
