@@ -11,6 +11,9 @@ from tinfer.core.lifecycle import LifecycleError
 from tinfer.core.types import Role
 from tinfer.core.worker import Worker
 
+# Of what sets an idle worker's speed apart, with every `Tick`: half of it is forgotten in 3 s.
+FORGOTTEN_PER_TICK = 0.02
+
 
 def can_hand_off(source: Role, reader: Role) -> bool:
     """Whether a worker of role `source` may prefill for one of role `reader`.
@@ -96,6 +99,17 @@ class Fleet:
         if unknown and known:
             for one in unknown:
                 one.learn_slowness(sum(known) / len(known))
+
+    def forget_speed(self) -> None:
+        """Have idle workers slowly taken for as fast as all are: one that was slow once gets no
+        work by which it could show that it is not any more."""
+        known = [one.slowness for one in self.workers if one.num_steps]
+        if not known:
+            return
+        mean = sum(known) / len(known)
+        for one in self.workers:
+            if not one.requests:
+                one.learn_slowness(one.slowness + FORGOTTEN_PER_TICK * (mean - one.slowness))
 
     def readers(self, source: Role) -> list[Worker]:
         """Live workers that may read what a worker of role `source` has prefilled."""

@@ -134,7 +134,7 @@ class Scheduler:
             case ev.WorkerGone():
                 self._fleet.give_up(event.worker_id)
             case ev.Tick():
-                pass
+                self._fleet.forget_speed()
 
     # --- requests ----------------------------------------------------------------------------
 
