@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from tests.e2e.stepped_engine import Record, Stepped
+from tests.e2e.stepped_engine import BLOCK_TOKENS, Record, Stepped
 from tinfer.core.sampling import StructuredSpec
 
 LONG, NEXT = 4096, 100
@@ -164,12 +164,30 @@ def ending_lease(model_dir: str) -> Record:
     return engine.done()
 
 
+def shortest_first(model_dir: str) -> Record:
+    """Short prompts that come while a long one is computed, and one that no block is left for."""
+    engine = Stepped(model_dir, num_blocks=48, prefill_order="srpt")
+    engine.budget(64)
+    engine.start("long", prompt(LONG // 4, 1), max_tokens=3)
+    engine.step(3)
+    engine.note("shorts")
+    engine.start("twenty", prompt(20, 2), max_tokens=3)
+    engine.start("forty", prompt(40, 3), max_tokens=3)
+    engine.step(2)
+    engine.note("full")
+    engine.start("large", prompt(30 * BLOCK_TOKENS, 4), max_tokens=3)
+    engine.step(4)
+    engine.drain()
+    return engine.done()
+
+
 SCENARIOS: dict[str, Callable[[str], Record]] = {
     "budgets": budgets,
     "pulls": pulls,
     "undisturbed": partial(preemption, num_blocks=256, num_rounds=1, tokens=None),
     "preemption": partial(preemption, num_blocks=16, num_rounds=len(KINDS), tokens=None),
     "small_chunks": partial(preemption, num_blocks=16, num_rounds=len(KINDS), tokens=16),
+    "shortest_first": shortest_first,
     "victim": victim,
     "open_lease": open_lease,
     "ending_lease": ending_lease,

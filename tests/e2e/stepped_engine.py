@@ -14,7 +14,7 @@ import traceback
 from array import array
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -77,7 +77,13 @@ class Record(msgspec.Struct):
 class Stepped:
     """One engine, which is also its own peer: it can pull what it has prefilled."""
 
-    def __init__(self, model_dir: str, num_blocks: int, **engine_args: Any) -> None:
+    def __init__(
+        self,
+        model_dir: str,
+        num_blocks: int,
+        prefill_order: Literal["fcfs", "srpt"] = "fcfs",
+        **engine_args: Any,
+    ) -> None:
         from tinfer.worker.engine import VllmEngine
 
         arguments = {
@@ -92,7 +98,7 @@ class Stepped:
             "max_num_batched_tokens": 512,
             "enable_prefix_caching": False,
         }
-        self.engine = VllmEngine(_spec(model_dir, arguments | engine_args))
+        self.engine = VllmEngine(_spec(model_dir, arguments | engine_args, prefill_order))
         self.engine.add_peer(WORKER, 1, self.engine.ready().export)
         self.record = Record(num_blocks=self.engine.ready().num_blocks)
         self.sources: dict[str, Source] = {}
@@ -226,7 +232,9 @@ def _name(internal_id: str) -> str:
     return internal_id.rpartition("-")[0]
 
 
-def _spec(model_dir: str, engine_args: dict[str, Any]) -> WorkerSpec:
+def _spec(
+    model_dir: str, engine_args: dict[str, Any], prefill_order: Literal["fcfs", "srpt"]
+) -> WorkerSpec:
     return WorkerSpec(
         worker_id=WORKER,
         generation=1,
@@ -240,6 +248,7 @@ def _spec(model_dir: str, engine_args: dict[str, Any]) -> WorkerSpec:
         environment={},
         engine_args=engine_args,
         lease_ttl_s=600.0,
+        prefill_order=prefill_order,
     )
 
 

@@ -85,6 +85,28 @@ def test_prompts_are_computed_in_order_of_arrival(records: Records) -> None:
     assert starts == {"long": LONG, "next": NEXT}
 
 
+def test_a_short_prompt_is_computed_in_the_next_step_beside_a_long_one(records: Records) -> None:
+    record = records["shortest_first"]
+    first, second = record.steps[record.notes["shorts"] :][:2]
+    assert {name: piece.tokens for name, piece in first.pieces.items()} == {
+        "twenty": 20,
+        "forty": 40,
+        "long": 4,
+    }
+    # The two decode now, and the long one has the whole budget again.
+    assert {name: piece.tokens for name, piece in second.pieces.items()} == {
+        "twenty": 1,
+        "forty": 1,
+        "long": 64,
+    }
+    # One that waits for blocks keeps nobody from the budget.
+    for step in record.steps[record.notes["full"] :]:
+        if "long" in step.pieces and step.pieces["long"].budgeted_tokens:
+            left = LONG // 4 - step.pieces["long"].start
+            assert step.pieces["long"].tokens == min(64, left) or budgeted(step) == 64
+    assert record.finished.keys() >= {"long", "twenty", "forty", "large"}
+
+
 @pytest.mark.parametrize("name", sorted(SCENARIOS.keys() - {"ending_lease"}))
 def test_no_decode_misses_a_step(records: Records, name: str) -> None:
     """Not even beside a preemption: who gives way is the last in line."""

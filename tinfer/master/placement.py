@@ -131,6 +131,7 @@ def worker_spec(
         fake=config.fake_engine,
         tensor_parallel_size=placement.tensor_parallel_size,
         num_threads=placement.num_threads,
+        prefill_order="srpt" if config.prefill_policy == "srpt" else "fcfs",
     )
 
 

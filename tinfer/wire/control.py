@@ -23,7 +23,8 @@ class WorkerSpec(Struct, frozen=True, forbid_unknown_fields=True):
     `environment` is set in the child before any device is touched; `cpus` are the cores that it is
     bound to (empty: not bound), shared out evenly to its `tensor_parallel_size` ranks, each of
     which computes with `num_threads` OpenMP threads on a CPU. `engine_args` are vLLM engine
-    arguments by vLLM's names.
+    arguments by vLLM's names. `prefill_order`: which of its unfinished prompts a step computes
+    first, the first to arrive or the one with the fewest tokens left.
     """
 
     worker_id: str
@@ -41,6 +42,7 @@ class WorkerSpec(Struct, frozen=True, forbid_unknown_fields=True):
     fake: dict[str, int | float] = {}
     tensor_parallel_size: int = 1
     num_threads: int = 1
+    prefill_order: Literal["fcfs", "srpt"] = "fcfs"
 
 
 class Fork(Struct, tag=True, frozen=True, forbid_unknown_fields=True):

@@ -56,6 +56,7 @@ class VllmEngine:
         scheduler = core.engine_core.scheduler
         assert isinstance(scheduler, EngineScheduler)
         self._scheduler = scheduler
+        scheduler.set_prefill_order(spec.prefill_order)
         executor = core.engine_core.model_executor
         self._ranks = executor if isinstance(executor, RankExecutor) else None
         connector = scheduler.connector

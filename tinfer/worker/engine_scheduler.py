@@ -3,9 +3,9 @@
 Stage two of two-level scheduling: the master decides which requests come here and how many prompt
 tokens a step may compute, this class keeps to it from step to step. It leaves vLLM's algorithm
 alone and answers three of its questions differently: how many tokens a request gets
-(`_reserve_prefill_lookahead`), whether a waiting request may be looked at
-(`_handle_blocked_waiting_request`), and, by the order of `running`, who runs last, which with
-vLLM's first-come policy is the victim of a preemption.
+(`_reserve_prefill_lookahead`; with `srpt` the shortest prompt is served first), whether a waiting
+request may be looked at (`_handle_blocked_waiting_request`), and, by the order of `running`, who
+runs last, which with vLLM's first-come policy is the victim of a preemption.
 
 Invariant: a step computes at most `budget` tokens of prompts and of what preempted requests have to
 compute again; a token of a sequence that decodes, or that ends a pull, is never one of them and
@@ -14,7 +14,7 @@ never waits for one.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
@@ -34,6 +34,10 @@ class EngineScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         self._budget_tokens: int | None = None
         self._prefill_left_tokens = 0
+        self._shortest_first = False
+        # With the shortest first: what each unfinished prompt gets of this step.
+        self._grants: dict[str, int] = {}
+        self._turned_away: set[str] = set()
         self._progress: list[tuple[str, int]] = []
         self._preempted: list[str] = []
         # Of the last step; for the caller to reset, since an engine without requests runs none.
@@ -47,6 +51,11 @@ class EngineScheduler(Scheduler):
         assert tokens is None or tokens >= 0, f"a prefill budget of {tokens} tokens"
         self._budget_tokens = tokens
 
+    def set_prefill_order(self, order: Literal["fcfs", "srpt"]) -> None:
+        """Prompts by their arrival, or the one with the fewest tokens left first: a short prompt
+        that arrives beside a long one is computed in the next step."""
+        self._shortest_first = order == "srpt"
+
     def take_report(self) -> Report:
         """What happened since the last call that no output tells."""
         report = Report(self._progress, self._preempted)
@@ -59,7 +68,12 @@ class EngineScheduler(Scheduler):
         """The next step, as vLLM would have it, within the budget."""
         self.running.sort(key=_most_progressed_first)
         self._prefill_left_tokens = self._prefill_room_tokens()
+        if self._shortest_first:
+            self._grants = self._granted()
         scheduled = super().schedule(throttle_prefills)
+        if self._shortest_first:
+            waiting = {request.request_id for request in self.waiting}
+            self._turned_away = waiting & {rid for rid, num in self._grants.items() if num}
         self._count(scheduled)
         return scheduled
 
@@ -74,6 +88,8 @@ class EngineScheduler(Scheduler):
         if _needs_one_token(request, num_computed_tokens):
             return num_tokens
         num_tokens = min(num_tokens, self._prefill_left_tokens)
+        if self._shortest_first:
+            num_tokens = min(num_tokens, self._grants.get(request.request_id, 0))
         self._prefill_left_tokens -= num_tokens
         return num_tokens
 
@@ -85,11 +101,11 @@ class EngineScheduler(Scheduler):
         """
         if not super()._handle_blocked_waiting_request(request):
             return False
-        return (
-            self._prefill_left_tokens > 0
-            or _starts_pull(request)
-            or _needs_one_token(request, request.num_computed_tokens)
-        )
+        if _starts_pull(request) or _needs_one_token(request, request.num_computed_tokens):
+            return True
+        if self._shortest_first and not self._grants.get(request.request_id, 0):
+            return False
+        return self._prefill_left_tokens > 0
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)
@@ -107,6 +123,25 @@ class EngineScheduler(Scheduler):
         starting = any(_starts_pull(request) for request in self.waiting)
         room = max(0, self.max_num_scheduled_tokens - running - pulled - starting)
         return room if self._budget_tokens is None else min(room, self._budget_tokens)
+
+    def _granted(self) -> dict[str, int]:
+        """The step's prompt tokens by request, the one with the fewest left first.
+
+        A waiting prompt that was granted tokens in the last step and still waits lacks blocks or a
+        seat: nothing is kept for it that those that run could use.
+        """
+        prompts = [r for r in self.running if not _needs_one_token(r, r.num_computed_tokens)]
+        waiting = [r for r in self.waiting if not _starts_pull(r)]
+        late = [r for r in waiting if r.request_id in self._turned_away]
+        prompts += [r for r in waiting if r.request_id not in self._turned_away]
+        prompts.sort(key=_left_tokens)
+        left_tokens = self._prefill_left_tokens
+        grants = {}
+        for request in (*prompts, *sorted(late, key=_left_tokens)):
+            num_tokens = min(left_tokens, request.num_tokens - request.num_computed_tokens)
+            grants[request.request_id] = num_tokens
+            left_tokens -= num_tokens
+        return grants
 
     def _is_pulled(self, request: Request) -> bool:
         return (
@@ -135,6 +170,10 @@ class EngineScheduler(Scheduler):
 def _most_progressed_first(request: Request) -> tuple[int, float]:
     """By tokens of the answer, then by age: prompts come last, in order of their arrival."""
     return -request.num_output_tokens, request.arrival_time
+
+
+def _left_tokens(request: Request) -> tuple[int, float]:
+    return request.num_tokens - request.num_computed_tokens, request.arrival_time
 
 
 def _needs_one_token(request: Request, num_computed_tokens: int) -> bool:
