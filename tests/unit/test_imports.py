@@ -30,7 +30,7 @@ MAY_USE = {
     "chat": {"client"},
     "workloads": {"core"},
     "worker": {"wire", "core", "config"},
-    "master": {"api", "wire", "core", "predict", "config"},
+    "master": {"api", "wire", "core", "predict", "tune", "config"},
     # Of the master only what tells which runs and cores there are; it starts nothing.
     "doctor": {"master", "wire", "core", "config"},
     # What was measured, for server and simulator to read; who measures runs workers by the master.

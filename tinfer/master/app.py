@@ -40,6 +40,7 @@ from tinfer.master.rundir import RunDirectory
 from tinfer.master.scheduling import predictor_of, scheduler_config
 from tinfer.master.service import MasterService, Mood
 from tinfer.master.supervisor import Life, Supervisor, WorkerSlot
+from tinfer.master.tuned import stored_tuning
 from tinfer.wire import messages as wire
 from tinfer.wire.links import Incarnation, MasterLink
 
@@ -100,7 +101,8 @@ class Server:
         self._door = Door(listener, client_descriptors(len(placements)))
         self._run_dir = RunDirectory(listener.getsockname()[1])
         self._link = MasterLink(self._run_dir.socket_path, self._on_message)
-        chosen = scheduler_config(config, CostModel())
+        tuning = stored_tuning(config, decision)
+        chosen = scheduler_config(config, CostModel() if tuning is None else tuning.costs)
         self._scheduler = Scheduler(chosen)
         self._dispatcher = Dispatcher(
             self._scheduler,

@@ -12,9 +12,8 @@ import importlib.metadata
 import platform
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -27,14 +26,14 @@ from tinfer.config import ServeConfig
 from tinfer.errors import StartError
 from tinfer.master import plan
 from tinfer.master.cores import CoreClaims
-from tinfer.master.gpus import Gpu, usable_gpus
 from tinfer.master.limits import raise_descriptor_limit
 from tinfer.master.plan import Decision
 from tinfer.master.preparation import prepare
+from tinfer.master.tuned import gpus_of, worker_identity
 from tinfer.tune import store
 from tinfer.tune.chunk import choose_chunk
 from tinfer.tune.fit import fit
-from tinfer.tune.identity import Identity, identity_of
+from tinfer.tune.identity import Identity
 from tinfer.tune.tuning import Tuning
 from tinfer.tuner.box import Box
 from tinfer.tuner.measure import Measured, measure
@@ -67,7 +66,7 @@ def tune(options: TuneOptions) -> Tuning:
     """
     raise_descriptor_limit()
     with contextlib.closing(CoreClaims()) as claims:
-        gpus = _gpus(options.config)
+        gpus = gpus_of(options.config)
         config = with_workers(options.config, len(gpus))
         try:
             decision = prepare(config, claims)
@@ -81,7 +80,7 @@ def tune(options: TuneOptions) -> Tuning:
 def stored(config: ServeConfig) -> Tuning:
     """What is stored for this box and model. Raises `StartError` if there is nothing."""
     with contextlib.closing(CoreClaims()) as claims:
-        gpus = _gpus(config)
+        gpus = gpus_of(config)
         config = with_workers(config, len(gpus))
         decision = plan.decide(config, plan.look_around(config, claims))
     identity = worker_identity(config, decision, gpus)
@@ -100,26 +99,6 @@ def with_workers(config: ServeConfig, num_gpus: int) -> ServeConfig:
     if named or (num_gpus and num_gpus < 2 * config.tensor_parallel_size):
         return config
     return msgspec.structs.replace(config, prefill=1, decode=1)
-
-
-def worker_identity(config: ServeConfig, decision: Decision, gpus: Sequence[Gpu]) -> Identity:
-    """Of the worker that is measured, the first of the plan. Raises `StartError`."""
-    placement = decision.placements[0]
-    own = placement.own_devices
-    return identity_of(
-        gpu_model=next((gpu.model for gpu in gpus if gpu.uuid in own), None),
-        num_threads=placement.num_threads,
-        directory=Path(decision.model.directory),
-        weights_bytes=decision.model.weights.num_bytes,
-        dtype=decision.plan.dtype,
-        tensor_parallel_size=placement.tensor_parallel_size,
-        enforce_eager=config.enforce_eager,
-        is_fake=config.engine == "fake",
-    )
-
-
-def _gpus(config: ServeConfig) -> list[Gpu]:
-    return [] if config.engine == "fake" else usable_gpus()
 
 
 async def _measured(
