@@ -46,7 +46,7 @@ from tinfer.core.types import Capacity, LeaseKey, Phase, Role, Route, SchedulerC
 
 CAPACITY = Capacity(num_blocks=6, block_tokens=4, max_num_seqs=2, chunk_tokens=4)
 # The books below say what these policies do; what others do is tested with the policies.
-CONFIG = SchedulerConfig(max_num_queued_reqs=4, **PLAIN)  # type: ignore[arg-type]
+CONFIG = SchedulerConfig(max_num_queued_reqs=4, **PLAIN)
 ROLES = {"P": Role.PREFILL, "D": Role.DECODE, "B": Role.BOTH}
 
 Incarnation = tuple[str, int]

@@ -6,6 +6,8 @@ Hypothesis finds and shrinks short histories; the walks go deep, where many requ
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -100,7 +102,7 @@ def walk(fleet: str, rng: random.Random, num_moves: int) -> None:
 
 def some_config(rng: random.Random) -> SchedulerConfig:
     """Any policy of each kind."""
-    kinds = {
+    kinds: dict[str, Iterable[str]] = {
         "route": ROUTES,
         "prefill_order": PREFILL_ORDERS,
         "prefill_choice": START_CHOICES,
@@ -111,9 +113,9 @@ def some_config(rng: random.Random) -> SchedulerConfig:
         "flip": FLIPS,
         "dispatch": DISPATCHES,
     }
-    chosen = {option: rng.choice(sorted(names)) for option, names in kinds.items()}
+    chosen: dict[str, Any] = {o: rng.choice(sorted(names)) for o, names in kinds.items()}
     return SchedulerConfig(
-        **chosen,  # type: ignore[arg-type]
+        **chosen,
         max_num_queued_reqs=4,
         prefill_sched_batch=rng.choice((1, 3)),
         ttft_deadline_s=rng.choice((None, 5.0)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tinfer.core.events import (
     Action,
     Arrived,
@@ -24,7 +26,7 @@ from tinfer.core.types import (
 CAPACITY = Capacity(num_blocks=100, block_tokens=16, max_num_seqs=4, chunk_tokens=50)
 KEY = LeaseKey("p", 0, 0, 0)
 # The plainest policy of each kind: what they decide is tested with the policies.
-PLAIN: dict[str, object] = {
+PLAIN: dict[str, Any] = {
     "route": "split",
     "prefill_order": "fcfs",
     "prefill_choice": "least-loaded",
@@ -40,7 +42,7 @@ class Box:
     """A scheduler and shorthand for what its workers may say."""
 
     def __init__(self, roles: str = "p d", capacity: Capacity = CAPACITY, **config: object) -> None:
-        self.scheduler = Scheduler(SchedulerConfig(**PLAIN | config))  # type: ignore[arg-type]
+        self.scheduler = Scheduler(SchedulerConfig(**PLAIN | config))
         self.capacity = capacity
         for worker_id in roles.split():
             self.up(worker_id)
