@@ -100,7 +100,8 @@ def test_plain_vllm_beside_itself_one_arm_at_a_time(tmp_path: Path) -> None:
         *("--repetitions", "3", "--residency", "alone", "--json", str(path)),
     )
     assert done.returncode == 0, done.stderr
-    assert "Worse than the baseline, with the whole interval: nothing" in done.stdout
+    # Which side of 1 chance is on is not for a test to say; that both arms are judged is.
+    assert "Worse than the baseline, with the whole interval:" in done.stdout
     result = json.loads(path.read_text())
     (point,) = result["points"]
     assert point["baseline"] == "a"

@@ -96,7 +96,7 @@ def test_chance_alone_is_no_growth() -> None:
     for seed in range(200):
         rng = np.random.default_rng(seed)
         sent = np.cumsum(rng.exponential(1 / 2.3, 46))
-        verdict = judge(sent, sent + 2.6, [0.8] * 46, 0, longest_unloaded_s=2.6)
+        verdict = judge(list(sent), list(sent + 2.6), [0.8] * 46, 0, longest_unloaded_s=2.6)
         num_bounded += verdict.bounded
     assert num_bounded >= 196
 
@@ -110,4 +110,4 @@ def test_growth_is_seen_through_chance() -> None:
         for at_s in sent:
             free_s = max(free_s, at_s) + 1 / 4.0
             end.append(free_s)
-        assert not judge(sent, end, [0.25] * 120, 0, longest_unloaded_s=0.25).bounded
+        assert not judge(list(sent), end, [0.25] * 120, 0, longest_unloaded_s=0.25).bounded

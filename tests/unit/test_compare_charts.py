@@ -9,7 +9,7 @@ import pytest
 
 from tests.unit.test_compare_results import POINT, compared, sample
 from tinfer.bench.compare.app import compared as compared_points
-from tinfer.bench.compare.app import dry_run_lines, result_of, run
+from tinfer.bench.compare.app import dry_run_lines, judged_of, result_of, run
 from tinfer.bench.compare.arms import Arm, default_arms
 from tinfer.bench.compare.charts import goodput_curves, latency_curves, ratio_bars
 from tinfer.bench.compare.limits import Unloaded
@@ -119,3 +119,8 @@ def test_the_metadata_of_vllm_is_in_a_folder_of_its_own(tmp_path: Path) -> None:
     assert environment["PYTHONPATH"] == f"{tmp_path}:/mine"
     (entry,) = tmp_path.iterdir()
     assert "Name: vllm\n" in (entry / "METADATA").read_text()
+
+
+def test_told_are_losses_of_tinfer_or_where_it_is_not_there_of_all() -> None:
+    assert judged_of(ARMS) == ["ours"]
+    assert judged_of([Arm("a", "replicas"), Arm("b", "replicas")]) == ["a", "b"]

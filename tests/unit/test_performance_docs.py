@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from benchmarks.performance_tables import written
 
@@ -19,8 +20,8 @@ def test_the_tables_are_those_of_the_results() -> None:
 
 
 def test_a_table_is_made_from_its_file(tmp_path: Path) -> None:
-    found = {"Mixed": {"rate_rps": 2.0, "arm": None, "probes": []}}
-    nothing = {name: [] for name in ("arms", "points", "losses", "wins")}
+    found: dict[str, Any] = {"Mixed": {"rate_rps": 2.0, "arm": None, "probes": []}}
+    nothing: dict[str, Any] = {name: [] for name in ("arms", "points", "losses", "wins")}
     result = {**nothing, "unloaded": {}, "slos": {}, "full_load": found}
     (tmp_path / "a.json").write_text(json.dumps(result))
     made = written("x <!-- table a.json full load -->old<!-- end --> y", tmp_path)
