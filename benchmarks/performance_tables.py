@@ -65,7 +65,7 @@ def values(points: list[Point]) -> Iterator[str]:
             for arm in sorted(point["arms"], key=lambda arm: (arm != point["baseline"], arm)):
                 shown = f"**{arm}**" if arm == point["baseline"] else arm
                 of_arm = point["arms"][arm]
-            cells = (value_cell(of_arm, names, by, form) for _, names, by, form in VALUES)
+                cells = (value_cell(of_arm, names, by, form) for _, names, by, form in VALUES)
                 yield row(f"{point['load']:.0%} ({point['offered_rps']:.2f}/s)", shown, *cells)
 
 
