@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from vllm.benchmarks.lib.endpoint_request_func import RequestFuncOutput
@@ -68,8 +68,9 @@ def both() -> tuple[dict[str, Any], Any]:
     made = outcomes()
     run = LoadRun(outcomes=made, duration_s=DURATION_S, cpu_s=1.0)
     ours = figures_of(run, list(LATENCIES), PERCENTILES, Slo(ttft=600, tpot=60))
+    nothing: list[Any] = [None] * len(made)
     theirs, _ = calculate_metrics(
-        input_requests=cast("list[Any]", [None] * len(made)),
+        input_requests=nothing,
         outputs=[as_vllm_has_it(one) for one in made],
         dur_s=DURATION_S,
         tokenizer=None,
