@@ -14,6 +14,8 @@ from msgspec import Meta, Struct
 from tinfer.errors import StartError
 
 Positive = Annotated[int, Meta(ge=1)]
+# The paper's, for OPT-13B on V100s (arXiv 2401.11181, section 3.3.2).
+DEFAULT_CHUNK_TOKENS = 512
 
 
 class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -145,10 +147,20 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         Positive | None, Meta(description="Longest prompt plus answer. Default: the model's.")
     ] = None
     max_num_seqs: Annotated[Positive, Meta(description="Sequences per worker and step.")] = 256
+    chunk_size: Annotated[
+        str,
+        Meta(
+            pattern=r"^(auto|[1-9][0-9]*)$",
+            description="Prompt tokens per worker and step; auto: as `tinfer tune` measured, "
+            "else 512.",
+        ),
+    ] = "auto"
     max_num_batched_tokens: Annotated[
-        Positive,
-        Meta(description="Tokens per worker and step: the size of a prefill chunk."),
-    ] = 512
+        Positive | None,
+        Meta(
+            description="Tokens per worker and step, of prompts and answers. Default: --chunk-size."
+        ),
+    ] = None
     block_size: Annotated[
         Positive | None, Meta(description="Tokens per KV block. Default: vLLM's choice.")
     ] = None
@@ -204,6 +216,12 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     fake_engine: Annotated[
         dict[str, float], Meta(description="Settings of the fake engine, name=value.")
     ] = {}
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Prompt tokens per step, as far as the options alone say."""
+        named = DEFAULT_CHUNK_TOKENS if self.chunk_size == "auto" else int(self.chunk_size)
+        return self.max_num_batched_tokens or named
 
 
 def load(values: dict[str, Any]) -> ServeConfig:

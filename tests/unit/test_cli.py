@@ -28,6 +28,7 @@ VALUES: dict[str, Any] = {
     "port": 81,
     "gpu_memory_utilization": 0.5,
     "ttft_deadline": 1.5,
+    "chunk_size": "384",
     "overflow_risk": 0.25,
     "predictor_accuracy": 0.5,
     "fake_engine": {"step_s": 0.5, "num_blocks": 8.0},

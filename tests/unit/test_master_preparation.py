@@ -79,7 +79,7 @@ def cores(request: pytest.FixtureRequest) -> CoreClaims:
 def test_the_plan_is_said_before_anything_starts(
     cores: CoreClaims, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    decision = prepare(load({"engine": "fake"}), cores)
+    _, decision = prepare(load({"engine": "fake"}), cores)
     out, err = capsys.readouterr()
     assert (out, err) == ("", text_of(decision.plan) + "\n")
 
@@ -103,9 +103,9 @@ def test_what_is_missing_is_downloaded_after_the_plan(
     monkeypatch.setattr(hub, "check_disk", lambda _model: None)
     monkeypatch.setattr(preparation, "fetch", fetch)
     config = load({"engine": "fake", "model": "o/m"})
-    decision = prepare(config, cores)
+    _, decision = prepare(config, cores)
     assert (fetched, decision.model.directory) == ([found], "/there")
     whole = msgspec.structs.replace(found, missing={})
     monkeypatch.setattr(hub, "look", lambda *_: whole)
-    assert prepare(config, cores).model.directory == folder
+    assert prepare(config, cores)[1].model.directory == folder
     assert fetched == [found]

@@ -31,7 +31,7 @@ from tinfer.workloads import LogRecord, write_log
 
 DEFAULT = ServeConfig(prefill=None, decode=None)
 # What the simulated engines and boxes take from the options; the rest is the scheduler's.
-OF_ENGINES = {"prefill", "decode", "max_num_seqs", "max_num_batched_tokens"}
+OF_ENGINES = {"chunk_size", "prefill", "decode", "max_num_seqs", "max_num_batched_tokens"}
 OF_ENGINES |= {"enable_prefix_caching"}
 
 
@@ -101,6 +101,8 @@ def other_value(name: str) -> Any:
         return not default
     if hint is float:
         return default / 2
+    if name == "chunk_size":
+        return "384"
     return 3 if int in (hint, *typing.get_args(hint)) else 1.5
 
 

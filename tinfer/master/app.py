@@ -40,7 +40,6 @@ from tinfer.master.rundir import RunDirectory
 from tinfer.master.scheduling import predictor_of, scheduler_config
 from tinfer.master.service import MasterService, Mood
 from tinfer.master.supervisor import Life, Supervisor, WorkerSlot
-from tinfer.master.tuned import stored_tuning
 from tinfer.wire import messages as wire
 from tinfer.wire.links import Incarnation, MasterLink
 
@@ -68,7 +67,7 @@ def run(config: ServeConfig) -> int:
     raise_descriptor_limit()
     with bind(config.host, config.port) as listener, contextlib.closing(CoreClaims()) as claims:
         try:
-            decision = prepare(config, claims)
+            config, decision = prepare(config, claims)
         except KeyboardInterrupt:
             return _EXIT_INTERRUPTED
         return uvloop.run(_serve(config, decision, listener))
@@ -101,7 +100,7 @@ class Server:
         self._door = Door(listener, client_descriptors(len(placements)))
         self._run_dir = RunDirectory(listener.getsockname()[1])
         self._link = MasterLink(self._run_dir.socket_path, self._on_message)
-        tuning = stored_tuning(config, decision)
+        tuning = decision.tuning
         chosen = scheduler_config(config, CostModel() if tuning is None else tuning.costs)
         self._scheduler = Scheduler(chosen)
         self._dispatcher = Dispatcher(

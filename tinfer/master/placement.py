@@ -157,4 +157,4 @@ def _engine_args(config: ServeConfig, placement: Placement) -> dict[str, str | i
 
 def step_tokens(config: ServeConfig) -> int:
     """Tokens per step: room for one of every sequence."""
-    return max(config.max_num_batched_tokens, config.max_num_seqs)
+    return max(config.chunk_tokens, config.max_num_seqs)

@@ -19,6 +19,7 @@ from tinfer.master.gpus import Gpu, usable_gpus
 from tinfer.master.host_memory import HostMemory, host_memory
 from tinfer.master.model import Model, resolve
 from tinfer.master.placement import Placement, on_cpu
+from tinfer.tune.tuning import Tuning
 
 
 class WorkerPlan(Struct, frozen=True, kw_only=True):
@@ -70,11 +71,12 @@ class Plan(Struct, frozen=True, kw_only=True):
 
 
 class Decision(Struct, frozen=True):
-    """The plan, and what the start makes of it."""
+    """The plan, and what the start makes of it; `tuning` is what was measured of its workers."""
 
     plan: Plan
     model: Model
     placements: list[Placement]
+    tuning: Tuning | None = None
 
 
 class Surroundings(Struct, frozen=True):

@@ -15,22 +15,24 @@ from tinfer.master.hub_fetch import fetch
 from tinfer.master.limits import client_descriptors, raise_descriptor_limit
 from tinfer.master.listener import bind
 from tinfer.master.plan import Decision, Plan
+from tinfer.master.tuned import stored_tuning
 
 
-def prepare(config: ServeConfig, claims: CoreClaims) -> Decision:
+def prepare(config: ServeConfig, claims: CoreClaims) -> tuple[ServeConfig, Decision]:
     """Decide, print the plan on standard error, and have the model's files in place.
 
-    Blocks; a Ctrl-C ends it at once. Raises `StartError`.
+    Returns the options with what a tuning settles, and the decision. Blocks; a Ctrl-C ends it at
+    once. Raises `StartError`.
     """
-    decision = _decide(config, claims)
+    config, decision = _decide(config, claims)
     click.echo(plan.text_of(decision.plan), err=True)
     model = decision.model
     if model.hub is None or not model.hub.missing:
-        return decision
+        return config, decision
     size = hub.gb(model.hub.missing_bytes)
     click.echo(f"downloading {len(model.hub.missing)} files, {size} (Ctrl-C is safe)", err=True)
     there = msgspec.structs.replace(model, directory=fetch(model.hub))
-    return msgspec.structs.replace(decision, model=there)
+    return config, msgspec.structs.replace(decision, model=there)
 
 
 def dry_run(config: ServeConfig) -> Plan:
@@ -39,13 +41,24 @@ def dry_run(config: ServeConfig) -> Plan:
     Raises `StartError` where a start would end with one before its first process.
     """
     with bind(config.host, config.port), contextlib.closing(CoreClaims()) as claims:
-        decision = _decide(config, claims)
+        _, decision = _decide(config, claims)
         raise_descriptor_limit()
         client_descriptors(len(decision.placements))
         return decision.plan
 
 
-def _decide(config: ServeConfig, claims: CoreClaims) -> Decision:
-    decision = plan.decide(config, plan.look_around(config, claims))
+def _decide(config: ServeConfig, claims: CoreClaims) -> tuple[ServeConfig, Decision]:
+    around = plan.look_around(config, claims)
+    decision = plan.decide(config, around)
+    tuning = stored_tuning(config, decision, around.gpus)
+    decision = msgspec.structs.replace(decision, tuning=tuning)
+    if tuning is not None and config.chunk_size == "auto" and not config.max_num_batched_tokens:
+        chunk_tokens = tuning.chunk.chunk_tokens
+        config = msgspec.structs.replace(config, chunk_size=str(chunk_tokens))
+        if around.gpus:  # a larger step leaves less room for KV
+            decision = plan.decide(config, around)
+        reason = f"chunks of {chunk_tokens} tokens and the costs of a step are what tune measured"
+        shown = msgspec.structs.replace(decision.plan, reasons=(*decision.plan.reasons, reason))
+        decision = msgspec.structs.replace(decision, plan=shown, tuning=tuning)
     check_gpus(decision.placements)
-    return decision
+    return config, decision

@@ -8,7 +8,7 @@ from pathlib import Path
 from tinfer.config import ServeConfig
 from tinfer.master.gpus import Gpu, usable_gpus
 from tinfer.master.plan import Decision
-from tinfer.tune.identity import Identity, identity_of
+from tinfer.tune.identity import CONFIG_NAME, Identity, identity_of
 from tinfer.tune.store import load_for
 from tinfer.tune.tuning import Tuning
 
@@ -34,6 +34,9 @@ def gpus_of(config: ServeConfig) -> list[Gpu]:
     return [] if config.engine == "fake" else usable_gpus()
 
 
-def stored_tuning(config: ServeConfig, decision: Decision) -> Tuning | None:
-    """The stored measurement of this device, model and way to compute. Raises `StartError`."""
-    return load_for(worker_identity(config, decision, gpus_of(config)))
+def stored_tuning(config: ServeConfig, decision: Decision, gpus: Sequence[Gpu]) -> Tuning | None:
+    """The stored measurement of this device, model and way to compute; None where there is none,
+    as for a model that is still to be downloaded."""
+    if not (Path(decision.model.directory) / CONFIG_NAME).exists():
+        return None
+    return load_for(worker_identity(config, decision, gpus))

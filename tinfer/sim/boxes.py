@@ -123,7 +123,7 @@ def _worker_engine(engine: EngineSpec, config: ServeConfig) -> EngineSpec:
             victim="least-progress",
             prefill_order="srpt" if config.prefill_policy == "srpt" else "fcfs",
             max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_batched_tokens=config.chunk_tokens,
             prefix_caching=config.enable_prefix_caching,
         )
     except ValueError as error:

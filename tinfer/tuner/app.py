@@ -69,7 +69,7 @@ def tune(options: TuneOptions) -> Tuning:
         gpus = gpus_of(options.config)
         config = with_workers(options.config, len(gpus))
         try:
-            decision = prepare(config, claims)
+            config, decision = prepare(config, claims)
         except KeyboardInterrupt as error:
             raise Interrupted(signal.SIGINT) from error
         identity = worker_identity(config, decision, gpus)
