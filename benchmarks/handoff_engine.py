@@ -174,7 +174,8 @@ class Pair:
             _, message = self.receive()
             if isinstance(message, PullDone):
                 done = message
-            if isinstance(message, Step) and message.outputs[-1].finish_reason is not None:
+            ends = [one.finish_reason for one in getattr(message, "outputs", ())]
+            if any(end is not None for end in ends):
                 break
         assert done is not None and done.ok, done
         return done

@@ -6,15 +6,17 @@ one that waits for it. Of a way to compute a request counted are
 
 - its own time to first token: what is ahead of it where it prefills, its own prefill, in steps
   with all that decodes there;
-- its own time per token: a step of the batch it joins, and how often prefills interrupt that
-  batch, by what the worker's steps were spent on lately;
+- its own time per token: a step of the batch it joins, and how often prompts will interrupt that
+  batch, by what arrives lately and where it gathers;
 - what its prefill takes from those that decode where it is computed: each waits for it once, which
   costs the more the shorter its answer is;
 - what its decode takes from those it decodes with: each step of theirs gets longer.
 
-No role is asked: where one kind of work is all there is, every worker does it, as replicas would;
-where both kinds are and disturb each other, prefills gather where little decodes, since that costs
-less, and the requests that they would interrupt decode elsewhere for the same reason.
+Any worker may do anything: where one kind of work is all there is, every worker does it, as
+replicas would. Roles only say where prompts gather, as far as those workers keep up with them. Without
+that, two workers that decode alike would go on to share the prompts alike, since each request for
+itself has no reason to begin keeping one of them free; with it, what prompts would interrupt decodes
+elsewhere, and so prompts cost least where nothing decodes.
 """
 
 from __future__ import annotations
