@@ -13,10 +13,10 @@ one that waits for it. Of a way to compute a request counted are
 - what its decode takes from those it decodes with: each step of theirs gets longer.
 
 Any worker may do anything: where one kind of work is all there is, every worker does it, as
-replicas would. Roles only say where prompts gather, as far as those workers keep up with them. Without
-that, two workers that decode alike would go on to share the prompts alike, since each request for
-itself has no reason to begin keeping one of them free; with it, what prompts would interrupt decodes
-elsewhere, and so prompts cost least where nothing decodes.
+replicas would. Roles only say where prompts gather, as far as those workers keep up with them.
+Without that, two workers that decode alike would go on to share the prompts alike, since each
+request for itself has no reason to begin keeping one of them free; with it, what prompts would
+interrupt decodes elsewhere, and so prompts cost least where nothing decodes.
 """
 
 from __future__ import annotations
