@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import tomllib
 from collections import defaultdict
 from multiprocessing import resource_tracker
@@ -33,7 +34,13 @@ def folder_of(path: Path) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Start Python's own helper process now: it lives until the end, whichever test needs it."""
+    """Start Python's own helper process now: it lives until the end, whichever test needs it.
+
+    A shell ignores SIGINT for what it starts in the background, and everything below inherits that:
+    tests of Ctrl-C would say more of the shell than of tinfer.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[SPENT_S] = defaultdict(float)
     resource_tracker.ensure_running()
 

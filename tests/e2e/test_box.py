@@ -47,7 +47,8 @@ async def test_a_small_dev_shm_and_a_killed_master(tmp_path: Path, model_dir: st
         family = server.family()
         assert sum(_mapped_shm_bytes(process) for process in family) <= SHM_NEED_BYTES
         if prefix:
-            room = os.statvfs(f"/proc/{workers['decode']['pid']}/root/dev/shm")
+            seen_root = Path("/proc") / str(workers["decode"]["pid"]) / "root"
+            room = os.statvfs(seen_root / "dev" / "shm")
             assert room.f_blocks * room.f_frsize == SHM_MIB << 20
             assert (room.f_blocks - room.f_bfree) * room.f_frsize <= SHM_NEED_BYTES
 

@@ -23,7 +23,7 @@ ORDERS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(ORDERS, st.integers(1, 5))
 def test_every_pull_is_answered_once_and_every_reachable_lease_ends(
     orders: list[str], max_pending: int

@@ -46,7 +46,7 @@ def requests(draw: st.DrawFn) -> tuple[Kind, list[int], SamplingSpec]:
     return draw(kinds), prompt, sampling
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(requests(), min_size=1, max_size=8),
     st.integers(1, 24),
@@ -84,7 +84,7 @@ def test_any_interleaving_gives_the_expected_answers(
         assert len(box.seen(PullDone)) == box.d.stats().num_pulls
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(prompts, samplings, st.integers(1, 39))
 def test_emitted_tokens_as_prompt_continue_the_answer(
     prompt: list[int], sampling: SamplingSpec, cut: int

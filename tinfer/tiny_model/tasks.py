@@ -131,7 +131,7 @@ def _phrase(rng: random.Random) -> str:
     """Words, made-up words, letters and digits, or characters of several bytes; no word twice."""
     kind = rng.random()
     if kind < 0.15:
-        letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+        letters = string.ascii_letters + string.digits
         return "".join(rng.choice(letters) for _ in range(rng.randint(2, 24)))
     words: list[str] = []
     size = rng.randint(2, rng.choice((16, MAX_REPEAT_BYTES, MAX_REPEAT_BYTES)))
@@ -203,14 +203,7 @@ def _story(rng: random.Random) -> tuple[str, str]:
     prompt = _pick(
         rng, ("Tell me a {k}story about {t}.", "Write a {k}story about {t}."), k=kind, t=about
     )
-    if not is_long:
-        sentences = [
-            f"Once there was a {animal} named {name}.",
-            f"{name} lived near {place}.",
-            f"One day {name} found a {thing}.",
-            f"And {name} was happy.",
-        ]
-    else:
+    if is_long:
         sentences = [
             f"Long ago a {animal} named {name} had a house near {place}.",
             f"In a dark night {name} saw a {thing} there.",
@@ -222,6 +215,13 @@ def _story(rng: random.Random) -> tuple[str, str]:
             f"So they looked for the owner of the {thing} all day.",
             f"In the evening the owner came and thanked {name}.",
             f"{name} the {animal} slept very well that night.",
+        ]
+    else:
+        sentences = [
+            f"Once there was a {animal} named {name}.",
+            f"{name} lived near {place}.",
+            f"One day {name} found a {thing}.",
+            f"And {name} was happy.",
         ]
     return prompt, " ".join(sentences)
 
