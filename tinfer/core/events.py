@@ -71,7 +71,8 @@ class Stepped(Struct, tag=True, frozen=True):
 
     `num_steps`, `busy_s` (spent in them) and `num_prefill_tokens` are totals of the incarnation.
     `progress` are the prompts of which a chunk was computed and that are not done, with the tokens
-    computed so far; `preempted` the requests that lost their blocks and compute them again.
+    computed so far; `preempted` the requests that lost their blocks: each waits there, without any,
+    until `Resume` says how it goes on.
     """
 
     worker_id: str
@@ -206,6 +207,27 @@ class StartDecode(Struct, tag=True, frozen=True):
     lease: LeaseKey
 
 
+class StartReprefill(Struct, tag=True, frozen=True):
+    """Compute the prompt of `request_id` and all that it has emitted there, as a prefill with the id
+    `prefill_id` whose one token nobody gets, then hold the blocks: its own worker lost them."""
+
+    prefill_id: str
+    request_id: str
+    worker_id: str
+    generation: int
+
+
+class Resume(Struct, tag=True, frozen=True):
+    """The preempted request goes on there: with the blocks of `lease`, which it pulls, or (None) by
+    computing them again. Every preemption of a request that lives on is answered by one of these.
+    """
+
+    request_id: str
+    worker_id: str
+    generation: int
+    lease: LeaseKey | None = None
+
+
 class AbortOn(Struct, tag=True, frozen=True):
     """Stop the request there; the worker answers with an end of its own."""
 
@@ -264,6 +286,8 @@ Action = (
     StartPrefill
     | StartWhole
     | StartDecode
+    | StartReprefill
+    | Resume
     | AbortOn
     | SetBudget
     | RoleChanged

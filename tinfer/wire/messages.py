@@ -56,6 +56,14 @@ class Start(Struct, tag=True, frozen=True, forbid_unknown_fields=True, omit_defa
     cached_tokens: int = 0
 
 
+class Resume(Struct, tag=True, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A preempted request goes on: with the blocks of `source`, of its prompt and all that it has
+    emitted, or (None) by computing them again. Unknown ids are ignored; their source is let go."""
+
+    request_id: str
+    source: Source | None = None
+
+
 class Abort(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
     """Stop these requests; unknown ones are ignored, since they may just have finished."""
 
@@ -105,7 +113,18 @@ class Stop(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
     """Leave the loop, close everything and exit with code 0."""
 
 
-ToWorker = Start | Abort | SetBudget | ReleaseLease | ExtendLease | PeerUp | PeerDown | Wake | Stop
+ToWorker = (
+    Start
+    | Resume
+    | Abort
+    | SetBudget
+    | ReleaseLease
+    | ExtendLease
+    | PeerUp
+    | PeerDown
+    | Wake
+    | Stop
+)
 
 
 # --- worker → master -------------------------------------------------------------------------
@@ -196,7 +215,7 @@ class Step(Struct, tag=True, frozen=True, forbid_unknown_fields=True, omit_defau
 
     `progress` are the prompts of which a chunk was computed and that are not done, each with the
     prompt tokens that are, cached ones included; `preempted` the requests that lost their blocks
-    since the last step and will be computed again where they are. Either alone makes a step worth
+    since the last step and wait for a `Resume`. Either alone makes a step worth
     telling: then there are no outputs.
     """
 

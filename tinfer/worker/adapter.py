@@ -16,6 +16,7 @@ from tinfer.wire.messages import (
     Output,
     PullDone,
     Ready,
+    Source,
     Start,
     WorkerStats,
 )
@@ -35,8 +36,8 @@ class Report(NamedTuple):
     """What steps did that their outputs do not tell.
 
     `progress`: prompts of which a chunk was computed and that are not done, with the prompt tokens
-    that are, cached ones included. `preempted`: requests that lost their blocks; what they had is
-    computed again, and their answers go on where they were.
+    that are, cached ones included. `preempted`: requests that lost their blocks and wait for
+    `Engine.resume`; their answers go on where they were.
     """
 
     progress: list[tuple[str, int]]
@@ -60,6 +61,12 @@ class Engine(Protocol):
 
     def start(self, start: Start) -> None:
         """Take a request. Raises `EngineRefusal`; a lease it was to read is then marked done."""
+        ...
+
+    def resume(self, request_id: str, source: Source | None) -> None:
+        """Let a preempted request go on: by pulling the blocks of `source`, which has its prompt and
+        its answer so far, or (None) by computing them again. For a request that is not here or does
+        not wait, nothing happens but that the source is marked done."""
         ...
 
     def abort(self, request_ids: list[str]) -> None:

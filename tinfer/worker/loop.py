@@ -23,6 +23,7 @@ from tinfer.wire.messages import (
     PeerUp,
     Refused,
     ReleaseLease,
+    Resume,
     SetBudget,
     Start,
     Step,
@@ -87,6 +88,8 @@ class WorkerLoop:
         match message:
             case Start():
                 self._start(message)
+            case Resume(request_id, source):
+                self._engine.resume(request_id, source)
             case Abort(request_ids):
                 self._engine.abort(request_ids)
             case SetBudget(prefill_tokens):
