@@ -112,6 +112,47 @@ def preemption(model_dir: str, num_blocks: int, num_rounds: int, tokens: int | N
     return engine.done()
 
 
+def elsewhere(model_dir: str) -> Record:
+    """Preempted requests wait, hold nothing and keep nobody waiting; what they had comes to them
+    as blocks."""
+    engine = Stepped(model_dir, num_blocks=16)
+    engine.parks = True
+    kinds = list(KINDS)
+    prompts = {}
+    for number in range(len(kinds)):
+        for kind in kinds[number:] + kinds[:number]:
+            name = f"{kind}-{number}"
+            prompts[name] = prompt(64, kinds.index(kind))
+            engine.start(name, prompts[name], max_tokens=ANSWER, **KINDS[kind])
+        engine.until_compiled()
+        engine.until(lambda: not engine.has_unparked())
+        engine.note(f"parked-{number}")
+        engine.record.notes[f"used-{number}"] = engine.engine.stats().num_used_blocks
+        while engine.parked:
+            name = engine.parked[0]
+            tokens = prompts[name] + engine.record.answers.get(name, [])
+            engine.resume(engine.prefill(f"{name}~again", tokens))
+            engine.until(lambda name=name: name in engine.record.finished or name in engine.parked)
+    return engine.done()
+
+
+def gone(model_dir: str) -> Record:
+    """A preempted request is aborted before it is told of the blocks that it was to read."""
+    engine = Stepped(model_dir, num_blocks=16)
+    engine.parks = True
+    for number in range(3):
+        engine.start(f"whole-{number}", prompt(64, number), max_tokens=130)
+    engine.until(lambda: not engine.has_unparked())
+    name = engine.parked[0]
+    source = engine.prefill("again", prompt(64, 0) + engine.record.answers[name])
+    engine.engine.abort([name])
+    engine.resume(source)
+    engine.until(lambda: engine.record.num_ended_leases == 1)
+    engine.resume()
+    engine.drain()
+    return engine.done()
+
+
 def victim(model_dir: str) -> Record:
     """Memory for either of two: a prompt that goes on slowly, and a younger sequence that has
     overtaken it through a pull and grows."""
@@ -187,6 +228,8 @@ SCENARIOS: dict[str, Callable[[str], Record]] = {
     "undisturbed": partial(preemption, num_blocks=256, num_rounds=1, tokens=None),
     "preemption": partial(preemption, num_blocks=16, num_rounds=len(KINDS), tokens=None),
     "small_chunks": partial(preemption, num_blocks=16, num_rounds=len(KINDS), tokens=16),
+    "elsewhere": elsewhere,
+    "gone": gone,
     "shortest_first": shortest_first,
     "victim": victim,
     "open_lease": open_lease,

@@ -102,6 +102,9 @@ class Stepped:
         self.engine.add_peer(WORKER, 1, self.engine.ready().export)
         self.record = Record(num_blocks=self.engine.ready().num_blocks)
         self.sources: dict[str, Source] = {}
+        # Preempted, and not told to go on; without `parks` they are at once.
+        self.parks = False
+        self.parked: list[str] = []
         self._budget: int | None = None
         self._watch()
 
@@ -161,6 +164,13 @@ class Stepped:
         self.engine.start(Start(name, "decode", data, spec, source, first_token))
         self.record.arrivals.append(name)
 
+    def resume(self, source: Source | None = None) -> None:
+        """Let what was preempted go on: one with those blocks, or all by computing theirs again."""
+        for name in [self.parked.pop(0)] if source is not None else list(self.parked):
+            self.engine.resume(name, source)
+        if source is None:
+            self.parked.clear()
+
     def step(self, num_steps: int = 1) -> None:
         """So many steps that compute or change anything."""
         for _ in range(num_steps):
@@ -189,6 +199,10 @@ class Stepped:
             select.select([self.engine.wake_fd()], [], [], POLL_S)
         raise AssertionError("a grammar is not compiled")
 
+    def has_unparked(self) -> bool:
+        """Whether anything is here that goes on by itself."""
+        return len(self.engine._running) > len(self.parked)
+
     def drain(self) -> None:
         self.until(lambda: not self.engine.has_requests())
 
@@ -205,6 +219,9 @@ class Stepped:
         if len(self.record.steps) > num_before:
             self.record.steps[-1].progress = progress
             self.record.steps[-1].preempted = preempted
+        self.parked += preempted
+        if not self.parks:
+            self.resume()
         for output in outputs:
             self._see(output)
         for notice in self.engine.take_notices():

@@ -24,13 +24,18 @@ from tinfer.core.events import (
     Prefilled,
     Pulled,
     ReleaseLease,
+    Resume,
     SetBudget,
     StartDecode,
     StartPrefill,
+    StartReprefill,
     StartWhole,
+    Stepped,
     WorkerFinished,
 )
 from tinfer.core.types import LeaseKey, Role
+
+Start = StartPrefill | StartReprefill | StartWhole | StartDecode
 
 
 @dataclass(eq=False)
@@ -44,9 +49,11 @@ class Row:
 
 @dataclass(eq=False)
 class Pull:
-    """A read of `row`; `is_wanted` turns false when the request is aborted in mid-copy."""
+    """A read of `row`; `is_wanted` turns false when the request is aborted in mid-copy. `is_first`
+    says that the answer begins with it: a preempted request has a part of its answer."""
 
     row: Row
+    is_first: bool = True
     is_copying: bool = False
     is_wanted: bool = True
 
@@ -65,11 +72,13 @@ class Process:
     prefills: dict[str, bool] = field(default_factory=dict)  # request id -> whole
     pulls: dict[str, Pull] = field(default_factory=dict)
     decodes: dict[str, None] = field(default_factory=dict)
+    parked: dict[str, None] = field(default_factory=dict)  # lost their blocks, wait for a word
     num_leases: int = 0
+    num_steps: int = 0
 
     def reads(self, key: LeaseKey) -> bool:
         """Whether this process reads that lease now or may still start to."""
-        told = any(isinstance(a, StartDecode) and a.lease == key for a in self.inbox)
+        told = any(isinstance(a, StartDecode | Resume) and a.lease == key for a in self.inbox)
         return self.is_alive and (told or any(p.row.key == key for p in self.pulls.values()))
 
     def die(self) -> None:
@@ -82,11 +91,13 @@ class Process:
         """Take one action from the inbox; choice 0 accepts, others may refuse."""
         action = self.inbox.popleft()
         match action:
-            case StartPrefill() | StartWhole() | StartDecode():
+            case StartPrefill() | StartReprefill() | StartWhole() | StartDecode():
                 if choice:
                     self._refuse(action, marks_done=choice == 1)
                 else:
                     self._start(action)
+            case Resume(request_id, lease=key):
+                self._resume(request_id, key)
             case AbortOn(request_id):
                 self._abort(request_id)
             case ReleaseLease(key):
@@ -103,14 +114,42 @@ class Process:
         steps = [partial(ends[whole], rid) for rid, whole in self.prefills.items()]
         steps += [partial(self._pull, rid) for rid in self.pulls]
         steps += [partial(self._end_decode, rid) for rid in self.decodes]
+        steps += [partial(self._step, rid) for rid in (*self.prefills, *self.decodes)]
         return steps + [partial(self._poll, key) for key in self.rows if self._owns(key)]
 
     def _owns(self, key: LeaseKey) -> bool:
         return (key.worker_id, key.worker_generation) == (self.id, self.generation)
 
-    def _start(self, action: StartPrefill | StartWhole | StartDecode) -> None:
-        rid = action.request_id
-        assert rid not in self.prefills and rid not in self.pulls and rid not in self.decodes
+    def report(self, num_steps: int, progress: tuple[tuple[str, int], ...], *lost: str) -> None:
+        """Say how far it is; who is `lost` has no blocks any more."""
+        self.num_steps += num_steps
+        total = self.num_steps
+        at = (self.id, self.generation)
+        self.outbox.append(Stepped(*at, total, 0.01 * total, 3 * total, 2, progress, lost))
+
+    def _step(self, rid: str, choice: int) -> None:
+        """One more step, in which a request that decodes or is prefilled may lose its blocks."""
+        if choice < 2:
+            return
+        if rid in self.decodes:
+            del self.decodes[rid]
+            self.parked[rid] = None
+        self.report(1, (), rid)
+
+    def _resume(self, rid: str, key: LeaseKey | None) -> None:
+        if rid not in self.parked:
+            if key is not None and key in self.rows:
+                self.rows[key].is_done = True
+            return
+        del self.parked[rid]
+        if key is None:
+            self.decodes[rid] = None
+        else:
+            self.pulls[rid] = Pull(self.rows.get(key) or Row(key), is_first=False)
+
+    def _start(self, action: Start) -> None:
+        rid = action.prefill_id if isinstance(action, StartReprefill) else action.request_id
+        assert rid not in {**self.prefills, **self.pulls, **self.decodes, **self.parked}
         match action:
             case StartDecode(lease=key):
                 # A source that died leaves its memory mapped: read it as an unshared row.
@@ -118,10 +157,11 @@ class Process:
             case _:
                 self.prefills[rid] = isinstance(action, StartWhole)
 
-    def _refuse(self, action: StartPrefill | StartWhole | StartDecode, marks_done: bool) -> None:
+    def _refuse(self, action: Start, marks_done: bool) -> None:
         if isinstance(action, StartDecode) and marks_done and action.lease in self.rows:
             self.rows[action.lease].is_done = True
-        self._finish(action.request_id, answered=False, refused=True)
+        rid = action.prefill_id if isinstance(action, StartReprefill) else action.request_id
+        self._finish(rid, answered=False, refused=True)
 
     def _abort(self, rid: str) -> None:
         pull = self.pulls.get(rid)
@@ -134,6 +174,8 @@ class Process:
             del self.prefills[rid]
         elif rid in self.decodes:
             del self.decodes[rid]
+        elif rid in self.parked:
+            del self.parked[rid]
         else:
             return  # it has just ended here
         self._finish(rid, answered=False)
@@ -167,7 +209,8 @@ class Process:
         del self.pulls[rid]
         self.outbox.append(Pulled(rid, self.id, self.generation, ok=choice == 0))
         if pull.is_wanted:
-            self.outbox.append(FirstToken(rid, self.id, self.generation))
+            if pull.is_first:
+                self.outbox.append(FirstToken(rid, self.id, self.generation))
             self.decodes[rid] = None
 
     def _end_decode(self, rid: str, choice: int) -> None:

@@ -29,11 +29,12 @@ from tinfer.core.events import (
     Prefilled,
     Pulled,
     ReleaseLease,
+    Resume,
     RoleChanged,
     StartDecode,
     StartPrefill,
+    StartReprefill,
     StartWhole,
-    Stepped,
     Tick,
     WorkerDown,
     WorkerExpected,
@@ -78,10 +79,11 @@ class World:
     def __init__(self, fleet: str, order: random.Random, config: SchedulerConfig = CONFIG) -> None:
         self.config = config
         self.scheduler, self.twin = Scheduler(config), Scheduler(config)
-        self.steps: dict[Incarnation, int] = {}
         self.log: list[tuple[Event, list[Action]]] = []
         self.rows: dict[LeaseKey, Row] = {}
         self.books: dict[str, Book] = {}
+        # Prefills of what was lost, for the requests in `books`.
+        self.again: dict[str, Book] = {}
         self.held: dict[LeaseKey, int] = {}
         self.released: set[LeaseKey] = set()
         self.read: set[LeaseKey] = set()
@@ -183,11 +185,9 @@ class World:
         if not alive:
             return
         process = alive[index % len(alive)]
-        at = (process.id, process.generation)
-        total = self.steps[at] = self.steps.get(at, 0) + num_steps
-        prompts = sorted(process.prefills)
-        progress = tuple((rid, 1 + index % 20) for rid in prompts[:1])
-        self.feed(Stepped(*at, total, 0.01 * total, 3 * total, 2, progress, tuple(prompts[1:2])))
+        process.report(
+            num_steps, tuple((rid, 1 + index % 20) for rid in sorted(process.prefills)[:1])
+        )
 
     def down(self) -> list[Process]:
         """The last incarnation of every worker that was seen dead and may come back."""
@@ -226,16 +226,16 @@ class World:
             case Prefilled(rid, worker_id, generation, key, num_blocks):
                 if self.is_up(worker_id, generation):
                     self.held[key] = num_blocks
-                    self.books[rid].leave()
-                    self.books[rid].lease = key
+                    self.book(rid).leave()
+                    self.book(rid).lease = key
             case FirstToken(rid, worker_id, generation) if self.is_at(rid, worker_id, generation):
                 self.books[rid].outstanding_tokens = 0
             case Pulled(rid, worker_id, generation) if self.is_up(worker_id, generation):
                 self.note_pulled(self.books[rid])
             case WorkerFinished(rid, worker_id, generation):
                 if self.is_at(rid, worker_id, generation):
-                    self.books[rid].leave()
-                    self.books[rid].is_open = False
+                    self.book(rid).leave()
+                    self.book(rid).is_open = False
 
     def note_pulled(self, book: Book) -> None:
         assert book.lease is not None
@@ -264,8 +264,26 @@ class World:
                 assert key in self.held and key not in self.released
                 assert key.worker_id != worker_id
                 book.at, book.is_pulling = (worker_id, generation), True
-            case AbortOn(rid, worker_id, generation):
+            case StartReprefill(prefill_id, rid, worker_id, generation):
                 book = self.books[rid]
+                assert book.is_open and book.at not in (None, (worker_id, generation))
+                self.again[prefill_id] = Book(
+                    book.seq,
+                    book.wish,
+                    (worker_id, generation),
+                    False,
+                    True,
+                    outstanding_tokens=999,
+                )
+            case Resume(rid, worker_id, generation, key):
+                book = self.book(rid)
+                assert book.at == (worker_id, generation) and not book.is_pulling
+                if key is not None:
+                    assert key in self.held and key not in self.released
+                    assert key.worker_id != worker_id
+                    book.lease, book.is_pulling = key, True
+            case AbortOn(rid, worker_id, generation):
+                book = self.book(rid)
                 assert book.at == (worker_id, generation) and not book.num_aborts
                 book.num_aborts += 1
             case ReleaseLease(key):
@@ -305,7 +323,10 @@ class World:
 
     def is_at(self, rid: str, worker_id: str, generation: int) -> bool:
         at = (worker_id, generation)
-        return self.is_up(*at) and self.books[rid].at == at
+        return self.is_up(*at) and self.book(rid).at == at
+
+    def book(self, rid: str) -> Book:
+        return self.again[rid] if rid in self.again else self.books[rid]
 
     def num_queued(self) -> int:
         return sum(book.is_open and not book.is_started for book in self.books.values())
@@ -318,7 +339,8 @@ class World:
             phase = self.scheduler.request_phase(rid)
             assert (phase is not None) == book.is_open
             assert not book.is_open or (phase is Phase.QUEUED) == (not book.is_started)
-        placed = [b for b in self.books.values() if b.at is not None and self.is_up(*b.at)]
+        books = [*self.books.values(), *self.again.values()]
+        placed = [b for b in books if b.at is not None and self.is_up(*b.at)]
         assert snapshot.open_requests == sum(book.is_open for book in self.books.values())
         assert snapshot.pulls == sum(book.is_pulling for book in placed)
         assert self.num_queued() <= self.config.max_num_queued_reqs

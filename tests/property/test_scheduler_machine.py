@@ -6,7 +6,8 @@ Hypothesis finds and shrinks short histories; the walks go deep, where many requ
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -15,12 +16,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from tests.property.scheduler_world import World
+from tinfer.core.events import Resume
 from tinfer.core.policies.registry import (
     BUDGETS,
     DECODE_ADMISSIONS,
     DECODE_CHOICES,
     DISPATCHES,
     FLIPS,
+    PREEMPTIONS,
     PREFILL_ORDERS,
     ROUTES,
     START_CHOICES,
@@ -112,6 +115,7 @@ def some_config(rng: random.Random) -> SchedulerConfig:
         "prefill_budget": BUDGETS,
         "flip": FLIPS,
         "dispatch": DISPATCHES,
+        "preemption": PREEMPTIONS,
     }
     chosen: dict[str, Any] = {o: rng.choice(sorted(names)) for o, names in kinds.items()}
     return SchedulerConfig(
@@ -123,23 +127,50 @@ def some_config(rng: random.Random) -> SchedulerConfig:
     )
 
 
+MOVES = ("arrive", "cancel", "disturb", "report", "work")
+WILD = (15, 3, 3, 10, 69)
+CALM = (4, 0.5, 0.3, 3, 92)
+
+
+def walk_on(world: World, rng: random.Random, weights: Sequence[float], num: int) -> None:
+    """Work, with everything that a worker may say and everything that may happen to it."""
+    for move in rng.choices(MOVES, weights, k=num):
+        if move == "arrive":
+            hashes = tuple(range(rng.randrange(4)))
+            out = rng.choice((1, 2, 5, 400))
+            world.arrive(rng.randint(1, 30), out, rng.choice(WISHES), hashes)
+        elif move == "cancel":
+            world.cancel(rng.randrange(100))
+        elif move == "disturb":
+            world.disturb(rng.randrange(100), rng.choice(DISTURB))
+        elif move == "report":
+            world.report(rng.randrange(100), rng.randint(1, 50))
+        else:
+            world.work(rng.choice(WORK), rng.randrange(100), rng.choice(ENDS))
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_whatever_decides_no_request_is_lost_and_no_account_stays_open(seed: int) -> None:
     rng = random.Random(f"policies {seed}")
     fleet = rng.choice([*FLEETS, "PPDD", "PDDD", "PPPD"])
     world = World(fleet, rng, some_config(rng))
-    for _ in range(400):
-        dice = rng.random()
-        if dice < 0.15:
-            hashes = tuple(range(rng.randrange(4)))
-            out = rng.choice((1, 2, 5, 400))
-            world.arrive(rng.randint(1, 30), out, rng.choice(WISHES), hashes)
-        elif dice < 0.18:
-            world.cancel(rng.randrange(100))
-        elif dice < 0.21:
-            world.disturb(rng.randrange(100), rng.choice(DISTURB))
-        elif dice < 0.31:
-            world.report(rng.randrange(100), rng.randint(1, 50))
-        else:
-            world.work(rng.choice(WORK), rng.randrange(100), rng.choice(ENDS))
+    walk_on(world, rng, WILD, 400)
     world.finish()
+
+
+def test_what_lost_its_blocks_goes_on_wherever_they_are_computed_again() -> None:
+    """And every word of a worker that crosses the answer, or a death, leaves nothing behind."""
+    outcomes: Counter[str] = Counter()
+    for seed in range(30):
+        rng = random.Random(f"preemption {seed}")
+        config = SchedulerConfig(route="split", preemption="elsewhere", max_num_queued_reqs=4)
+        world = World(rng.choice(["PD", "PPDD", "PBD", "PPD"]), rng, config)
+        walk_on(world, rng, CALM, 4000)
+        world.finish()
+        for _, actions in world.log:
+            for action in actions:
+                has_lease = isinstance(action, Resume) and action.lease is not None
+                outcomes[type(action).__name__ + " with blocks" * has_lease] += 1
+    assert outcomes["StartReprefill"] > 100
+    assert outcomes["Resume with blocks"] > 30
+    assert outcomes["Resume"] > 30

@@ -34,6 +34,7 @@ PLAIN: dict[str, Any] = {
     "decode_choice": "least-kv",
     "decode_admission": "greedy",
     "prefill_budget": "whole-chunks",
+    "preemption": "here",
 }
 HAND_OFF = StartDecode("r", "d", 0, KEY)
 

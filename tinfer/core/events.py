@@ -208,8 +208,8 @@ class StartDecode(Struct, tag=True, frozen=True):
 
 
 class StartReprefill(Struct, tag=True, frozen=True):
-    """Compute the prompt of `request_id` and all that it has emitted there, as a prefill with the id
-    `prefill_id` whose one token nobody gets, then hold the blocks: its own worker lost them."""
+    """Compute there what the worker of `request_id` has lost, its prompt and all that it has
+    emitted, and hold the blocks: a prefill with an id of its own, whose one token nobody gets."""
 
     prefill_id: str
     request_id: str

@@ -29,7 +29,8 @@ class Request:
     prompt, of which `prefill_tokens` are still to be computed; `stays` is false where it leaves
     with its prefill. Once it decodes, it has one output
     token at step `first_step` of that worker, and one more with each further step. `target` is
-    the decode worker that it is meant for, where that is settled before its prefill ends.
+    the decode worker that it is meant for, where that is settled before its prefill ends. One that
+    lost its blocks has a `reprefill`, a prefill that `serves` it, while that is computed.
     """
 
     id: str
@@ -57,6 +58,8 @@ class Request:
         self.likely_tokens = few(self.lengths.remaining())
 
     lease: LeaseKey | None = None
+    serves: Request | None = None
+    reprefill: Request | None = None
 
 
 class RequestTable:
@@ -102,6 +105,10 @@ class RequestTable:
     def bereave(self, request: Request) -> None:
         """Close an open request that a worker still computes: it becomes a zombie."""
         self.move(request, Phase.FINISHED)
+        self._zombies[request.id] = request
+
+    def add_zombie(self, request: Request) -> None:
+        """Enter what a worker computes and no client waits for. Its id is one of ours."""
         self._zombies[request.id] = request
 
     def bury(self, request: Request) -> None:

@@ -21,6 +21,7 @@ from tinfer.core.lengths import certain
 from tinfer.core.policies.flips import Flip, why_not_flip
 from tinfer.core.policies.interfaces import Placement
 from tinfer.core.policies.registry import build_policies
+from tinfer.core.preemption import Preemptions
 from tinfer.core.requests import Request, RequestTable
 from tinfer.core.types import (
     LedgerSnapshot,
@@ -51,6 +52,9 @@ class Scheduler:
         self._handoffs: dict[Role, dict[str, Request]] = {Role.PREFILL: {}, Role.BOTH: {}}
         self._requests = RequestTable()
         self._ledger = Ledger()
+        self._preemptions = Preemptions(
+            self._policies.preemption, self._fleet, self._requests, self._ledger
+        )
         self._flip_reasons: dict[str, str] = {}
         self._num_arrived = 0
         self._actions: list[ev.Action] = []
@@ -171,6 +175,7 @@ class Scheduler:
         if request.at is not None:
             worker = request.at
             self._actions.append(ev.AbortOn(request.id, worker.id, worker.generation))
+            self._actions += self._preemptions.over(request)
             return self._requests.bereave(request)
         if request.phase is Phase.QUEUED:
             self._queues[request.wish].discard(request)
@@ -196,6 +201,9 @@ class Scheduler:
         if request is None or request.route is not Route.SPLIT or request.lease is not None:
             lease = self._ledger.open(event.lease, worker, event.num_blocks, None)
             return self._release(lease)
+        if request.serves is not None:
+            self._actions += self._preemptions.prefilled(request, event, worker)
+            return None
         lease = self._ledger.open(event.lease, worker, event.num_blocks, request.id)
         request.lease = event.lease
         self._settle(request, now_s)
@@ -226,6 +234,10 @@ class Scheduler:
         request = worker and self._requests.at(event.request_id, worker)
         if not worker or not request:  # late: cancelled there after it had moved on
             return
+        if request.serves is not None:
+            self._actions += self._preemptions.failed(request, worker)
+            return
+        self._actions += self._preemptions.over(request)
         lease = self._ledger.of_request(request.id)
         if lease is not None and lease.state is LeaseState.READING and event.refused:
             self._release(lease)
@@ -268,6 +280,10 @@ class Scheduler:
             if lease.state is not LeaseState.RELEASED:
                 self._release(lease)
         for request in list(worker.requests.values()):
+            if request.serves is not None:
+                self._actions += self._preemptions.failed(request, worker)
+                continue
+            self._actions += self._preemptions.over(request)
             self._ledger.stop_pull(request.id)
             worker.remove(request)
             if self._requests.is_zombie(request):
@@ -286,6 +302,10 @@ class Scheduler:
             if request is not None and request.prefill_tokens:
                 worker.prefill_progress(request, computed_tokens)
                 self._settle(request, now_s)
+        for request_id in event.preempted:
+            request = self._requests.at(request_id, worker)
+            if request is not None:
+                self._actions += self._preemptions.lost(request, worker, now_s)
 
     def _role_asked(self, event: ev.RoleAsked) -> None:
         worker = self._fleet.get(event.worker_id, event.generation)
@@ -302,7 +322,9 @@ class Scheduler:
 
     def _settle(self, request: Request, now_s: float) -> None:
         """Choose the decode worker of a split request early, if that is the mode."""
-        if self._policies.settles_early and request.route is Route.SPLIT and request.at is not None:
+        if not self._policies.settles_early or request.serves is not None:
+            return
+        if request.route is Route.SPLIT and request.at is not None:
             readers = self._fleet.readers(request.at.role)
             if readers and request.target is None:
                 request.target = self._policies.decode_choice.choose(request, readers, now_s)

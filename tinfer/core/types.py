@@ -70,7 +70,8 @@ class SchedulerConfig(Struct, frozen=True, kw_only=True):
 
     `route` "auto" decides per request. `prefill_sched_batch` is for the paper's orders; `ageing`
     and `ttft_deadline_s` for `srpt`. `dispatch` says when a split request's decode worker is
-    settled: with its first chunk (the paper) or when its prefill is done. A step in which something
+    settled: with its first chunk (the paper) or when its prefill is done. `preemption` says where a
+    request that lost its blocks has them computed again. A step in which something
     decodes may take `itl_slack` times longer for prompts (`prefill_budget` "slack"). `overflow_z`
     is the standard deviations that `peak` leaves room for. `seed` is of whatever draws at random.
     """
@@ -85,6 +86,7 @@ class SchedulerConfig(Struct, frozen=True, kw_only=True):
     decode_choice: str = "projected"
     decode_admission: str = "peak"
     dispatch: str = "first-token"
+    preemption: str = "auto"
     prefill_budget: str = "slack"
     itl_slack: Annotated[float, Meta(gt=0)] = 2.0
     flip: str = "off"
@@ -97,8 +99,10 @@ class SchedulerConfig(Struct, frozen=True, kw_only=True):
 class WorkerSnapshot(Struct, frozen=True, kw_only=True):
     """What the scheduler believes of one live incarnation.
 
-    `peak_kv_share` is the expected highest use of its KV from now on; `slowness` how long its steps
-    take, as a multiple of what the cost model says; `prefill_share` of its time lately.
+    `num_preempted` requests lost their blocks here, for `num_reprefilled` of which another worker
+    computed them again. `peak_kv_share` is the expected highest use of its KV from now on;
+    `slowness` how long its steps take, as a multiple of what the cost model says; `prefill_share`
+    of its time lately.
     """
 
     worker_id: str
@@ -115,6 +119,7 @@ class WorkerSnapshot(Struct, frozen=True, kw_only=True):
     peak_kv_share: float
     num_steps: int
     num_preempted: int
+    num_reprefilled: int
     slowness: float
     prefill_share: float
 

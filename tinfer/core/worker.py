@@ -51,6 +51,7 @@ class Worker:
     num_prefill_tokens: int = 0
     num_free_blocks: int | None = None
     num_preempted: int = 0
+    num_reprefilled: int = 0
     # A step of all that decodes here, by the model, at speed 1; and with what is to decode here.
     step_s: float = field(init=False)
     coming_step_s: float = field(init=False)
@@ -337,6 +338,7 @@ class Worker:
             peak_kv_share=self.outlook.peak(0.0).expected / max(1, self.capacity_tokens),
             num_steps=self.num_steps,
             num_preempted=self.num_preempted,
+            num_reprefilled=self.num_reprefilled,
             slowness=self.slowness,
             prefill_share=self.recent_prefill_share,
         )

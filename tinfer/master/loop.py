@@ -18,6 +18,7 @@ from tinfer.api.service import Delta, Generation
 from tinfer.api.trace import Trace
 from tinfer.clock import Clock
 from tinfer.core import events
+from tinfer.core.sampling import SamplingSpec
 from tinfer.core.scheduler import Scheduler
 from tinfer.core.types import LeaseKey, Role, WaitingSnapshot
 from tinfer.errors import (
@@ -40,12 +41,17 @@ log = logging.getLogger(__name__)
 
 Send = Callable[[Incarnation, wire.ToWorker], None]
 
+# Of a prefill that is there for its blocks alone: no answer ends with this token.
+NO_ANSWER = SamplingSpec(max_tokens=1, temperature=0.0, ignore_eos=True)
+
 
 class LiveRequest(Struct):
-    """One accepted request, from submit until every worker has let go of it."""
+    """One accepted request, from submit until every worker has let go of it. `prompt` and
+    `emitted` are int32 token ids; `source` is where its blocks were or will be read from last."""
 
     generation: Generation
     prompt: bytes
+    emitted: array[int]
     stream: RequestStream
     timeline: Timeline
     delivered_tokens: int = 0
@@ -79,6 +85,8 @@ class Dispatcher:
         # Roles that the scheduler has changed since the start, by worker.
         self.changed_roles: dict[str, Role] = {}
         self._live: dict[str, LiveRequest] = {}
+        # Prefills of what a preempted request had, by the scheduler's id for them.
+        self._reprefills: dict[str, tuple[str, Incarnation]] = {}
         self.stats: dict[Incarnation, wire.WorkerStats] = {}
         self.num_finished = 0
 
@@ -90,7 +98,7 @@ class Dispatcher:
         stream = RequestStream(request_id, self._cancelled)
         timeline = Timeline(self._clock.now_s())
         prompt = array("i", prompt_ids).tobytes()
-        self._live[request_id] = LiveRequest(generation, prompt, stream, timeline)
+        self._live[request_id] = LiveRequest(generation, prompt, array("i"), stream, timeline)
         arrived = self._arrival(request_id, generation, prompt)
         refusal = self._post(arrived, refusing=request_id)
         if refusal is not None:
@@ -163,6 +171,9 @@ class Dispatcher:
     def _bereave(self, dead: Incarnation) -> None:
         """Forget what only a dead worker still had a part in."""
         self.stats.pop(dead, None)
+        for prefill_id, (_, worker) in list(self._reprefills.items()):
+            if worker == dead:
+                del self._reprefills[prefill_id]
         for request_id, live in list(self._live.items()):
             live.workers.discard(dead)
             self._forget_if_over(request_id)
@@ -198,6 +209,8 @@ class Dispatcher:
 
     def _output(self, sender: Incarnation, output: wire.Output) -> None:
         request_id = output.request_id
+        if request_id in self._reprefills:
+            return self._reprefilled(sender, output)
         live = self._live.get(request_id)
         if live is not None:
             if output.cached_tokens is not None and live.delivered_tokens == 0:
@@ -223,6 +236,21 @@ class Dispatcher:
         elif output.num_output_tokens == len(output.token_ids):
             self._post(events.FirstToken(request_id, *sender))
 
+    def _reprefilled(self, sender: Incarnation, output: wire.Output) -> None:
+        """Its token is nobody's; its blocks are for the request that it was started for."""
+        source = output.source
+        if source is None:
+            self._left(sender, output.request_id, answered=False)
+        elif output.finish_reason is None:
+            live = self._live.get(self._reprefills.pop(output.request_id)[0])
+            if live is not None:
+                live.source = source
+            key = _source_key(source)
+            self._post(events.Prefilled(output.request_id, *sender, key, source.num_blocks))
+        else:
+            self._left(sender, output.request_id, answered=False)
+            self._post(events.LeaseOpened(_source_key(source), source.num_blocks))
+
     def _pull_done(self, sender: Incarnation, message: wire.PullDone) -> None:
         live = self._live.get(message.request_id)
         if live is not None:
@@ -245,6 +273,7 @@ class Dispatcher:
         self, sender: Incarnation, request_id: str, answered: bool, refused: bool = False
     ) -> None:
         """A worker has let go of a request."""
+        self._reprefills.pop(request_id, None)
         live = self._live.get(request_id)
         if live is not None:
             live.workers.discard(sender)
@@ -286,6 +315,11 @@ class Dispatcher:
                 self._start(request_id, Incarnation(worker_id, generation), "whole")
             case events.StartDecode(request_id, worker_id, generation):
                 self._start(request_id, Incarnation(worker_id, generation), "decode")
+            case events.StartReprefill():
+                self._start_reprefill(action)
+            case events.Resume(request_id, worker_id, generation, lease):
+                source = None if lease is None else self._live[request_id].source
+                self._send(Incarnation(worker_id, generation), wire.Resume(request_id, source))
             case events.AbortOn(request_id, worker_id, generation):
                 self._send(Incarnation(worker_id, generation), wire.Abort([request_id]))
             case events.SetBudget(worker_id, generation, prefill_tokens):
@@ -320,6 +354,13 @@ class Dispatcher:
         )
         self._send(worker, start)
 
+    def _start_reprefill(self, action: events.StartReprefill) -> None:
+        live = self._live[action.request_id]
+        worker = Incarnation(action.worker_id, action.generation)
+        self._reprefills[action.prefill_id] = (action.request_id, worker)
+        tokens = live.prompt + live.emitted.tobytes()
+        self._send(worker, wire.Start(action.prefill_id, "prefill", tokens, NO_ANSWER))
+
     def _fail(self, request_id: str, error: TinferError) -> None:
         """The scheduler has given the request up: the worker that had it is dead or never was."""
         live = self._live.pop(request_id, None)
@@ -337,6 +378,8 @@ def _deliver(live: LiveRequest, output: wire.Output, clock: Clock) -> None:
     first = live.delivered_tokens == 0
     if first and num_new > 0:
         live.timeline.has_token(clock.now_s())
+    if num_new > 0:
+        live.emitted.extend(output.token_ids[-num_new:])
     live.delivered_tokens = max(live.delivered_tokens, output.num_output_tokens)
     live.delivered_text_len = max(live.delivered_text_len, output.text_len)
     logprobs = output.logprobs

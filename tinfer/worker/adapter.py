@@ -64,9 +64,9 @@ class Engine(Protocol):
         ...
 
     def resume(self, request_id: str, source: Source | None) -> None:
-        """Let a preempted request go on: by pulling the blocks of `source`, which has its prompt and
-        its answer so far, or (None) by computing them again. For a request that is not here or does
-        not wait, nothing happens but that the source is marked done."""
+        """Let a preempted request go on: by pulling the blocks of `source`, which has its prompt
+        and its answer so far, or (None) by computing them again. For a request that is not here or
+        does not wait, nothing happens but that the source is marked done."""
         ...
 
     def abort(self, request_ids: list[str]) -> None:

@@ -127,6 +127,12 @@ class VllmEngine:
         if source is not None:
             self._handoff.mark_unused(source)
 
+    def resume(self, request_id: str, source: Source | None) -> None:
+        transfer = None if source is None else self._handoff.transfer_params(source)
+        is_here = self._scheduler.resume(request_id, transfer)
+        if source is not None and not is_here:
+            self._handoff.mark_unused(source)
+
     def abort(self, request_ids: list[str]) -> None:
         known = [rid for rid in request_ids if self._running.pop(rid, None) is not None]
         self._llm.abort_request(known)

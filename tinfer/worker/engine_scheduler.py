@@ -5,7 +5,8 @@ tokens a step may compute, this class keeps to it from step to step. It leaves v
 alone and answers three of its questions differently: how many tokens a request gets
 (`_reserve_prefill_lookahead`; with `srpt` the shortest prompt is served first), whether a waiting
 request may be looked at (`_handle_blocked_waiting_request`), and, by the order of `running`, who
-runs last, which with vLLM's first-come policy is the victim of a preemption.
+runs last, which with vLLM's first-come policy is the victim of a preemption. Whoever was preempted
+is parked until `resume`: the master may have its blocks computed elsewhere.
 
 Invariant: a step computes at most `budget` tokens of prompts and of what preempted requests have to
 compute again; a token of a sequence that decodes, or that ends a pull, is never one of them and
@@ -40,6 +41,8 @@ class EngineScheduler(Scheduler):
         self._turned_away: set[str] = set()
         self._progress: list[tuple[str, int]] = []
         self._preempted: list[str] = []
+        # Preempted, and not told how to go on; they wait with vLLM's others, which are passed over.
+        self._parked: dict[str, Request] = {}
         # Of the last step; for the caller to reset, since an engine without requests runs none.
         self.num_scheduled_tokens = 0
         self.counts = dict.fromkeys(
@@ -55,6 +58,16 @@ class EngineScheduler(Scheduler):
         """Prompts by their arrival, or the one with the fewest tokens left first: a short prompt
         that arrives beside a long one is computed in the next step."""
         self._shortest_first = order == "srpt"
+
+    def resume(self, name: str, transfer: dict[str, Any] | None) -> bool:
+        """Let a parked request go on, to pull what `transfer` says or (None) to compute all that it
+        had. Says whether there is one of that external id."""
+        request = self._parked.pop(name, None)
+        if request is None:
+            return False
+        if transfer is not None:
+            request.kv_transfer_params = transfer
+        return True
 
     def take_report(self) -> Report:
         """What happened since the last call that no output tells."""
@@ -99,6 +112,8 @@ class EngineScheduler(Scheduler):
         Without this a prompt that gets no tokens would end the search, and a pull behind it would
         wait for the budget. A prompt that lacks blocks does end it: blocks go by order of arrival.
         """
+        if self._parked and external_id(request.request_id) in self._parked:
+            return False
         if not super()._handle_blocked_waiting_request(request):
             return False
         if _starts_pull(request) or _needs_one_token(request, request.num_computed_tokens):
@@ -110,7 +125,13 @@ class EngineScheduler(Scheduler):
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)
         self.counts["num_preemptions"] += 1
-        self._preempted.append(external_id(request.request_id))
+        name = external_id(request.request_id)
+        self._parked[name] = request
+        self._preempted.append(name)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self._parked.pop(external_id(request.request_id), None)
+        return super()._free_request(request, *args, **kwargs)
 
     # --- inside -------------------------------------------------------------------------------
 
@@ -131,7 +152,8 @@ class EngineScheduler(Scheduler):
         seat: nothing is kept for it that those that run could use.
         """
         prompts = [r for r in self.running if not _needs_one_token(r, r.num_computed_tokens)]
-        waiting = [r for r in self.waiting if not _starts_pull(r)]
+        parked = self._parked.values()
+        waiting = [r for r in self.waiting if not _starts_pull(r) and r not in parked]
         late = [r for r in waiting if r.request_id in self._turned_away]
         prompts += [r for r in waiting if r.request_id not in self._turned_away]
         prompts.sort(key=_left_tokens)

@@ -176,12 +176,13 @@ class SchedulerSide:
     # --- hooks of vLLM's scheduler ----------------------------------------------------------------
 
     def num_pullable_tokens(self, request: Request, num_computed: int) -> tuple[int, bool]:
-        """All of the prompt that is not here yet; vLLM itself backs off the last token."""
+        """All that is not here yet: of the prompt, and of what a preempted request has answered.
+        vLLM itself backs off the last token."""
         params = request.kv_transfer_params
         if not params or not params.get("do_remote_prefill"):
             return 0, False
         source: Source = params["source"]
-        missing = min(source.num_tokens, request.num_prompt_tokens) - num_computed
+        missing = min(source.num_tokens, request.num_tokens) - num_computed
         return (missing, True) if missing > 0 else (0, False)
 
     def blocks_allocated(

@@ -67,6 +67,16 @@ class FlipPolicy(Protocol):
     def flip(self, fleet: Fleet, num_queued: int, demand: Demand, now_s: float) -> Flip | None: ...
 
 
+class PreemptionPolicy(Protocol):
+    """Which of `candidates`, workers that may hand off to `worker`, computes again what a request
+    lost on `worker`; None: `worker` itself. `again` is that prompt: all that the request had.
+    """
+
+    def source(
+        self, again: Request, worker: Worker, candidates: Sequence[Worker]
+    ) -> Worker | None: ...
+
+
 class Placement(NamedTuple):
     """Where a request starts. `split`: its prefill alone, and whole otherwise."""
 

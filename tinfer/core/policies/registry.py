@@ -18,11 +18,13 @@ from tinfer.core.policies.interfaces import (
     DecodeAdmission,
     FlipPolicy,
     Placer,
+    PreemptionPolicy,
     PrefillOrder,
     WorkerChoice,
 )
 from tinfer.core.policies.orders import Batched, Fcfs, Srpt
 from tinfer.core.policies.placers import SplitPlacer, WholePlacer
+from tinfer.core.policies.preemption import Cheapest, Elsewhere, Here
 from tinfer.core.policies.prefill import EarliestFinish, LeastLoaded
 from tinfer.core.types import Route, SchedulerConfig
 
@@ -53,6 +55,11 @@ DECODE_ADMISSIONS: dict[str, Factory[DecodeAdmission]] = {
     "reserve-dynamic": lambda config: ReserveDynamic(),
     "peak": lambda config: Peak(),
 }
+PREEMPTIONS: dict[str, Factory[PreemptionPolicy]] = {
+    "auto": lambda config: Cheapest(),
+    "here": lambda config: Here(),
+    "elsewhere": lambda config: Elsewhere(),
+}
 BUDGETS: dict[str, Factory[BudgetPolicy]] = {
     "whole-chunks": lambda config: WholeChunks(),
     "slack": lambda config: Slack(config.itl_slack),
@@ -77,6 +84,7 @@ class Policies:
     placers: Mapping[Route | None, Placer]
     decode_choice: WorkerChoice
     decode_admission: DecodeAdmission
+    preemption: PreemptionPolicy
     budget: BudgetPolicy
     flip: FlipPolicy
     settles_early: bool
@@ -102,6 +110,7 @@ def build_policies(config: SchedulerConfig, fleet: Fleet, demand: Demand) -> Pol
         placers={Route.SPLIT: split, Route.WHOLE: whole, None: AutoPlacer(admission, demand)},
         decode_choice=found(DECODE_CHOICES, "decode_choice")(config),
         decode_admission=admission,
+        preemption=found(PREEMPTIONS, "preemption")(config),
         budget=found(BUDGETS, "prefill_budget")(config),
         flip=found(FLIPS, "flip")(config),
         settles_early=found({name: name for name in DISPATCHES}, "dispatch") == "first-chunk",
