@@ -109,6 +109,13 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         Literal["peak", "greedy", "reserve-static", "reserve-dynamic"],
         Meta(description="When a decode worker takes a request, by the KV it is going to need."),
     ] = "peak"
+    preemption: Annotated[
+        Literal["auto", "here", "elsewhere"],
+        Meta(
+            description="Where a request that lost its KV has it computed again: where it decodes, "
+            "on a prefill worker, or what costs least."
+        ),
+    ] = "auto"
     overflow_risk: Annotated[
         float,
         Meta(gt=0, le=0.5, description="Chance of running out of KV that peak admission takes."),

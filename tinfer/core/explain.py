@@ -36,6 +36,18 @@ def handed_off(
     return found
 
 
+def preempted(fleet: Fleet, now_s: float) -> list[WaitingSnapshot]:
+    """Requests whose lost blocks another worker computes."""
+    return [
+        snapshot(
+            again.serves, f"lost its KV on {again.serves.at.id}; {one.id} computes it again", now_s
+        )
+        for one in fleet.workers
+        for again in one.prefilling.values()
+        if again.serves is not None and again.serves.at is not None
+    ]
+
+
 def why_not_started(fleet: Fleet) -> str:
     """For the first in line."""
     if not fleet.workers:

@@ -103,7 +103,7 @@ class Scheduler:
         for role, waiting in self._handoffs.items():
             readers = self._fleet.readers(role)
             found += explain.handed_off(waiting.values(), readers, now_s, limit)
-        return found
+        return found + explain.preempted(self._fleet, now_s)[:limit]
 
     def _apply(self, event: ev.Event, now_s: float) -> None:
         match event:

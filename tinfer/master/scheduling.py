@@ -27,6 +27,7 @@ def scheduler_config(config: ServeConfig, costs: CostModel) -> SchedulerConfig:
         decode_choice=config.decode_policy,
         decode_admission=config.decode_admission,
         dispatch=config.dispatch,
+        preemption=config.preemption,
         prefill_budget=config.prefill_budget,
         itl_slack=config.itl_slack,
         flip=config.flip,
