@@ -78,7 +78,7 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     prefill_ageing: Annotated[
         float,
         Meta(gt=0, description="Seconds of prefill that a second of waiting is worth under srpt."),
-    ] = 0.1
+    ] = 0.02
     ttft_deadline: Annotated[
         Annotated[float, Meta(gt=0)] | None,
         Meta(description="Seconds to the first token for which srpt lets a prompt go first."),

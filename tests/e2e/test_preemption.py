@@ -43,10 +43,12 @@ def bodies() -> list[dict[str, Any]]:
 async def test_what_gave_way_goes_on_exactly(
     tmp_path: Path, random_model_dir: str, preemption: str
 ) -> None:
-    options = ("--prefill", "1", "--decode", "1", "--route", "split", "--dtype", "float32")
-    options += ("--decode-admission", "greedy", "--preemption", preemption)
-    options += ("--block-size", str(BLOCK_TOKENS), "--max-model-len", "512", "--cpu-threads", "1")
-    options += ("--kv-cache-memory-bytes", str(NUM_BLOCKS * BLOCK_TOKENS * KV_TOKEN_BYTES))
+    options = [
+        *("--prefill", "1", "--decode", "1", "--route", "split", "--dtype", "float32"),
+        *("--decode-admission", "greedy", "--preemption", preemption),
+        *("--block-size", str(BLOCK_TOKENS), "--max-model-len", "512", "--cpu-threads", "1"),
+        *("--kv-cache-memory-bytes", str(NUM_BLOCKS * BLOCK_TOKENS * KV_TOKEN_BYTES)),
+    ]
     names = ("--served-model-name", "tiny", "--log-dir", str(tmp_path))
     with serving(tmp_path, random_model_dir, *names, *options) as process:
         async with client_session() as session:

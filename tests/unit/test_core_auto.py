@@ -83,12 +83,12 @@ def test_a_prefix_that_a_worker_has_draws_a_request_there() -> None:
     for _ in range(2):
         box = auto_box("d1 d2")
         hashes = tuple(range(60))
-        (first,) = arrive(box, "first", 1000, hashes=hashes)
+        (first,) = arrive(box, "first", 1000, out=20, hashes=hashes)
         assert isinstance(first, StartWhole)
         box.on(FirstToken("first", first.worker_id, 0))
-        (again,) = arrive(box, "again", 1000, hashes=hashes)
+        (again,) = arrive(box, "again", 1000, out=20, hashes=hashes)
         assert isinstance(again, StartWhole) and again.worker_id == first.worker_id
-        (other,) = arrive(box, "other", 1000)
+        (other,) = arrive(box, "other", 1000, out=20)
         assert isinstance(other, StartWhole) and other.worker_id != first.worker_id
 
 

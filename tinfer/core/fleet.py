@@ -33,6 +33,8 @@ class Fleet:
         self._overflow_z = overflow_z
         # Roles of the workers whose hand-offs wait for a reader with room.
         self.waiting_sources: set[Role] = set()
+        # Requests that wait for a first worker.
+        self.num_queued = 0
         self.workers: list[Worker] = []
         self.split_sources: list[Worker] = []
         self._by_id: dict[str, Worker] = {}

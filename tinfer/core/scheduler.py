@@ -428,6 +428,7 @@ class Scheduler:
         self._flip_reasons[flip.worker.id] = flip.reason
 
     def _set_budgets(self) -> None:
+        self._fleet.num_queued = sum(map(len, self._queues.values()))
         for worker in self._fleet.workers:
             tokens = self._policies.budget.budget(worker)
             if tokens != worker.budget_tokens:

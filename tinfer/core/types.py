@@ -79,7 +79,7 @@ class SchedulerConfig(Struct, frozen=True, kw_only=True):
     route: str = "auto"
     prefill_order: str = "srpt"
     prefill_sched_batch: Annotated[int, Meta(ge=1)] = 16
-    ageing: Annotated[float, Meta(gt=0)] = 0.1
+    ageing: Annotated[float, Meta(gt=0)] = 0.02
     ttft_deadline_s: Annotated[float, Meta(gt=0)] | None = None
     prefill_choice: str = "earliest-finish"
     whole_choice: str = "earliest-finish"
@@ -88,7 +88,7 @@ class SchedulerConfig(Struct, frozen=True, kw_only=True):
     dispatch: str = "first-token"
     preemption: str = "auto"
     prefill_budget: str = "slack"
-    itl_slack: Annotated[float, Meta(gt=0)] = 2.0
+    itl_slack: Annotated[float, Meta(gt=0)] = 4.0
     flip: str = "off"
     overflow_z: Annotated[float, Meta(ge=0)] = 1.64
     max_num_queued_reqs: Annotated[int, Meta(ge=1)] = 1024

@@ -1,16 +1,16 @@
-"""Split or whole, and where: the way that costs least, the request itself and its neighbours.
+"""Split or whole, and where: the way after which everybody together is done soonest.
 
-Costs are delays as shares of what a request would take alone, since that is what service levels are
-set by and what a user notices: a short prompt that waits for a long one is worse off than the long
-one that waits for it. Of a way to compute a request counted are
+The cost of a way is time: by how many seconds answers end later because of it, the request's own
+and its neighbours', in sum. Of a way to compute a request counted are
 
 - its own time to first token: what is ahead of it where it prefills, its own prefill, in steps
-  with all that decodes there;
-- its own time per token: a step of the batch it joins, and how often prompts will interrupt that
-  batch, by what arrives lately and where it gathers;
-- what its prefill takes from those that decode where it is computed: each waits for it once, which
-  costs the more the shorter its answer is;
-- what its decode takes from those it decodes with: each step of theirs gets longer.
+  with all that decodes there; and as far as it has to wait, that who comes after it will too;
+- its own decode: steps of the batch it joins, stretched by how often prompts will interrupt them,
+  by what arrives lately and where it gathers;
+- what its prefill takes from those that decode where it is computed, and from the longer prompts
+  that it overtakes: each waits for it once;
+- what its decode takes from those it decodes with: each step of theirs gets longer;
+- the move, if it is split, and a KV cache that will be full.
 
 Any worker may do anything: where one kind of work is all there is, every worker does it, as
 replicas would. Roles only say where prompts gather, as far as those workers keep up with them.
@@ -32,18 +32,21 @@ from tinfer.core.requests import Request
 from tinfer.core.types import Role, Route
 from tinfer.core.worker import Worker
 
-# How much of its bound a request's delay uses up; the loose service level of our own comparisons
-# has TTFT within 5 and TPOT within 4 times what a request takes alone.
-TTFT_WEIGHT = 1.0 / 5.0
-TPOT_WEIGHT = 1.0 / 4.0
 # Of a prefill worker's time, what prompts may take before others take some of them too.
 FULL_SHARE = 0.85
+# What those who come after have of a second's wait, per request that is served meanwhile where a
+# share u of the time is taken, u / (1 - u). All of it would be right if nothing but the order of
+# arrival decided; most of them are shorter, or start elsewhere. The value is the best of a sweep
+# over 19 cells of `benchmarks/sim_grid.py`, flat between 0.2 and 0.4.
+FOLLOWING_PART = 0.3
+# Of `crowding`, which is in steps of one sequence per token.
+CROWDING_PART = 0.25
 
 
 class Way(NamedTuple):
     """One way to compute a request; of two that cost the same, the one with less moving."""
 
-    cost: float
+    cost_s: float
     num_moves: int
     placement: Placement
 
@@ -60,18 +63,18 @@ class AutoPlacer:
     def place(
         self, request: Request, fleet: Fleet, ahead_tokens: int, now_s: float
     ) -> Placement | None:
-        idle = alone(request, fleet.workers[0])
         ahead_tokens //= max(1, fleet.num_taking)
+        shares = self._prefill_shares(fleet, now_s)
         starts = {
-            worker.id: prefill_cost(request, worker, ahead_tokens, idle) for worker in fleet.workers
+            worker.id: prefill_cost_s(request, worker, ahead_tokens, shares[worker.id])
+            for worker in fleet.workers
         }
         if request.max_output_tokens == 1:
             worker = min(fleet.workers, key=lambda one: (starts[one.id], one.id))
             return Placement(Route.WHOLE, worker) if worker.takes(request) else None
-        shares = self._prefill_shares(fleet, now_s)
-        decodes = {one.id: decode_cost(request, one, shares[one.id], idle) for one in fleet.workers}
+        decodes = {one.id: decode_cost_s(request, one, shares[one.id]) for one in fleet.workers}
         whole = self._best_whole(request, fleet, starts, decodes, now_s)
-        split = self._best_split(request, fleet, starts, decodes, idle)
+        split = self._best_split(request, fleet, starts, decodes)
         best = min((one for one in (whole, split) if one is not None), default=None)
         if best is None or not best.placement.worker.takes(request):
             return None
@@ -88,14 +91,14 @@ class AutoPlacer:
         """On one worker. How full its cache gets only adds to a cost, so it is looked at last."""
         best: Way | None = None
         costs = [(starts[one.id] + decodes[one.id], one.id, one) for one in fleet.open_to_whole()]
-        for least, _, worker in sorted(costs):
-            if best is not None and best.cost <= least:
+        for least_s, _, worker in sorted(costs):
+            if best is not None and best.cost_s <= least_s:
                 break
             if not self._admission.admits(request, worker, now_s):
                 continue
-            cost = least + TPOT_WEIGHT * crowding(request, worker)
-            if best is None or cost < best.cost:
-                best = Way(cost, 0, Placement(Route.WHOLE, worker))
+            cost_s = least_s + crowding_s(request, worker)
+            if best is None or cost_s < best.cost_s:
+                best = Way(cost_s, 0, Placement(Route.WHOLE, worker))
         return best
 
     def _best_split(
@@ -104,7 +107,6 @@ class AutoPlacer:
         fleet: Fleet,
         starts: Mapping[str, float],
         decodes: Mapping[str, float],
-        idle: Alone,
     ) -> Way | None:
         """On two: what the first costs does not depend on the second, but for who may read it."""
         best: Way | None = None
@@ -112,19 +114,18 @@ class AutoPlacer:
             sources = [one for one in fleet.split_sources if one.role is role]
             source = min(sources, key=lambda one: (starts[one.id], one.id))
             readers = [one for one in fleet.readers(role) if one is not source]
-            decode: float | None = None
-            for least, _, reader in sorted((decodes[one.id], one.id, one) for one in readers):
-                if decode is not None and decode <= least:
+            decode_s: float | None = None
+            for least_s, _, reader in sorted((decodes[one.id], one.id, one) for one in readers):
+                if decode_s is not None and decode_s <= least_s:
                     break
-                cost = least + TPOT_WEIGHT * crowding(request, reader)
-                decode = cost if decode is None else min(decode, cost)
-            if decode is None:
+                cost_s = least_s + crowding_s(request, reader)
+                decode_s = cost_s if decode_s is None else min(decode_s, cost_s)
+            if decode_s is None:
                 continue
             moving_s = source.costs.handoff_total_s(request.prompt_tokens)
-            moved = moving_s / (request.expected_tokens * idle.step_s)
-            cost = starts[source.id] + decode + TPOT_WEIGHT * moved
-            if best is None or cost < best.cost:
-                best = Way(cost, 1, Placement(Route.SPLIT, source))
+            cost_s = starts[source.id] + decode_s + moving_s
+            if best is None or cost_s < best.cost_s:
+                best = Way(cost_s, 1, Placement(Route.SPLIT, source))
         return best
 
     def _prefill_shares(self, fleet: Fleet, now_s: float) -> dict[str, float]:
@@ -142,43 +143,35 @@ class AutoPlacer:
         return {one.id: taken if one in takers else left for one in fleet.workers}
 
 
-class Alone(NamedTuple):
-    """What a request would take on an idle worker: its prefill, and a step of its decode."""
-
-    prefill_s: float
-    step_s: float
-
-
-def alone(request: Request, worker: Worker) -> Alone:
-    """By the cost model, which is the same for all workers."""
-    costs = worker.costs
-    return Alone(
-        costs.prefill_s(request.prompt_tokens, worker.capacity.chunk_tokens),
-        costs.decode_step_s(1, request.prompt_tokens),
-    )
-
-
-def prefill_cost(request: Request, worker: Worker, ahead_tokens: int, idle: Alone) -> float:
+def prefill_cost_s(
+    request: Request, worker: Worker, ahead_tokens: int, prefill_share: float
+) -> float:
     """Of computing the prompt there, behind `ahead_tokens` that wait for a worker like it."""
     num_new = worker.uncached_tokens(request)
     before_tokens, num_longer = worker.around(num_new)
     own_s = worker.prefill_s(num_new + before_tokens + ahead_tokens)
-    taken_s = worker.costs.prefill_token_s * num_new * worker.pace
-    # One token of an answer of L tokens, late by a second, makes each of them late by 1 / L.
-    stalled = taken_s * worker.sum_inverse_lengths / idle.step_s
-    delayed = 0.0
     if num_longer:  # they wait for it, and it for the step under way
         own_s += worker.prefill_s(worker.step_prefill_tokens) / 2.0
-        delayed = num_longer * taken_s / (2.0 * idle.prefill_s)
-    return TTFT_WEIGHT * (own_s / idle.prefill_s + delayed) + TPOT_WEIGHT * stalled
+    wait_s = own_s - worker.prefill_s(num_new)
+    following_s = FOLLOWING_PART * wait_s * prefill_share / (1.0 - prefill_share)
+    taken_s = worker.costs.prefill_token_s * num_new * worker.pace
+    return own_s + following_s + (num_longer + worker.num_decoding) * taken_s
 
 
-def decode_cost(request: Request, worker: Worker, prefill_share: float, idle: Alone) -> float:
+def decode_cost_s(request: Request, worker: Worker, prefill_share: float) -> float:
     """Of generating the answer there."""
     costs = worker.costs
     added_s = costs.decode_seq_s + costs.kv_token_s * request.prompt_tokens
     # A share u of the time goes to prefills: a step that takes s takes s / (1 - u) with them.
-    mine_s = (worker.coming_step_s + added_s) / (1.0 - prefill_share)
-    together = min(1.0, request.expected_tokens * worker.mean_inverse_length)
-    theirs_s = worker.num_decoding * together * added_s
-    return TPOT_WEIGHT * (mine_s + theirs_s) * worker.pace / idle.step_s
+    step_s = (worker.coming_step_s + added_s) / (1.0 - prefill_share)
+    own_tokens = their_tokens = request.expected_tokens
+    if worker.num_decoding:
+        their_tokens = min(own_tokens, 1.0 / worker.mean_inverse_length)
+    theirs_s = worker.num_decoding * their_tokens * added_s
+    return (own_tokens * step_s + theirs_s) * worker.pace
+
+
+def crowding_s(request: Request, worker: Worker) -> float:
+    """What a KV cache that will be full costs."""
+    step_s = worker.costs.decode_step_s(1, request.prompt_tokens)
+    return CROWDING_PART * crowding(request, worker) * request.expected_tokens * step_s

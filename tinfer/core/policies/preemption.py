@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tinfer.core.policies.auto import TTFT_WEIGHT, alone, prefill_cost
+from tinfer.core.policies.auto import prefill_cost_s
 from tinfer.core.policies.prefill import finish_s
 from tinfer.core.requests import Request
 from tinfer.core.worker import Worker
@@ -36,11 +36,9 @@ class Cheapest:
     """
 
     def source(self, again: Request, worker: Worker, candidates: Sequence[Worker]) -> Worker | None:
-        idle = alone(again, worker)
-        costs = {one.id: prefill_cost(again, one, 0, idle) for one in (worker, *candidates)}
-        best = min(candidates, key=lambda one: (costs[one.id], one.id), default=None)
+        costs_s = {one.id: prefill_cost_s(again, one, 0, 0.0) for one in (worker, *candidates)}
+        best = min(candidates, key=lambda one: (costs_s[one.id], one.id), default=None)
         if best is None:
             return None
-        moved_s = best.costs.handoff_total_s(again.prompt_tokens)
-        moved = TTFT_WEIGHT * moved_s / idle.prefill_s
-        return best if costs[best.id] + moved < costs[worker.id] else None
+        moving_s = best.costs.handoff_total_s(again.prompt_tokens)
+        return best if costs_s[best.id] + moving_s < costs_s[worker.id] else None

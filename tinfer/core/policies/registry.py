@@ -60,9 +60,9 @@ PREEMPTIONS: dict[str, Factory[PreemptionPolicy]] = {
     "here": lambda config: Here(),
     "elsewhere": lambda config: Elsewhere(),
 }
-BUDGETS: dict[str, Factory[BudgetPolicy]] = {
-    "whole-chunks": lambda config: WholeChunks(),
-    "slack": lambda config: Slack(config.itl_slack),
+BUDGETS: dict[str, Callable[[SchedulerConfig, Fleet], BudgetPolicy]] = {
+    "whole-chunks": lambda config, fleet: WholeChunks(),
+    "slack": lambda config, fleet: Slack(config.itl_slack, fleet),
 }
 FLIPS: dict[str, Factory[FlipPolicy]] = {
     "off": lambda config: Off(),
@@ -111,7 +111,7 @@ def build_policies(config: SchedulerConfig, fleet: Fleet, demand: Demand) -> Pol
         decode_choice=found(DECODE_CHOICES, "decode_choice")(config),
         decode_admission=admission,
         preemption=found(PREEMPTIONS, "preemption")(config),
-        budget=found(BUDGETS, "prefill_budget")(config),
+        budget=found(BUDGETS, "prefill_budget")(config, fleet),
         flip=found(FLIPS, "flip")(config),
         settles_early=found({name: name for name in DISPATCHES}, "dispatch") == "first-chunk",
     )
