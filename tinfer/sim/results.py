@@ -13,6 +13,7 @@ Failed requests are in no latency; they lower throughput and goodput. What was n
 | `perf_per_dollar_reciprocal` | 1 / (mean E2EL in s x resource time in s) |
 | `perf_per_dollar_paper` | only as a ratio: (1 + relative cut of mean E2EL) / ratio of resource |
 | `num_failed`, `num_preemptions` | requests without a whole answer; times that blocks were lost |
+| `num_reprefills` | prompts computed again, with the answer so far, on another engine after that |
 
 *Resource time* is the paper's: the sum over devices of the time from the start of the run to the
 end of the last work there. On a tinfer worker that is the last prefill (its first token) or the
@@ -22,7 +23,7 @@ is the sum over devices of the time in which at least one request was on it.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -86,7 +87,8 @@ class RequestResult(Struct, frozen=True, kw_only=True):
 
 
 class WorkerResult(Struct, frozen=True, kw_only=True):
-    """One engine over the run. `step_s` is time spent in steps; `work` when requests were on it."""
+    """One engine over the run. `step_s` is time spent in steps; `work` when requests were on it.
+    `num_reprefills` it computed for others, `num_preemptions` happened on it."""
 
     worker_id: str
     num_devices: int
@@ -94,6 +96,7 @@ class WorkerResult(Struct, frozen=True, kw_only=True):
     step_s: float
     num_prefill_tokens: int
     num_preemptions: int
+    num_reprefills: int
     work: tuple[Interval, ...]
 
 
@@ -169,6 +172,7 @@ def figures_of(
     figures[RECIPROCAL_FORM] = _per_s(_MS, figures["mean_e2el_ms"] * run.resource_s)
     figures["num_failed"] = len(run.requests) - len(whole)
     figures["num_preemptions"] = sum(one.num_preemptions for one in run.workers)
+    figures["num_reprefills"] = sum(one.num_reprefills for one in run.workers)
     return figures
 
 
@@ -197,7 +201,9 @@ def result_of(world: World) -> SimRun:
         np.diff(times_s) if one.ok else np.empty(0)
         for one, times_s in zip(results, token_s, strict=True)
     ]
-    work = _work_of(results)
+    reprefills = [one for one in world.reprefills if one.prefilled_s is not None]
+    work = _work_of(results, reprefills)
+    num_reprefills = Counter(one.workers[0] for one in reprefills)
     lasts_s = [one.last_token_s for one in results if one.last_token_s is not None]
     return SimRun(
         requests=results,
@@ -209,6 +215,7 @@ def result_of(world: World) -> SimRun:
                 step_s=engine.busy_s,
                 num_prefill_tokens=engine.num_prefill_tokens,
                 num_preemptions=engine.num_preemptions,
+                num_reprefills=num_reprefills[engine.worker_id],
                 work=tuple(work[engine.worker_id]),
             )
             for engine in world.engines
@@ -263,10 +270,16 @@ def _result(ticket: Ticket, token_s: Floats) -> RequestResult:
     )
 
 
-def _work_of(results: Iterable[RequestResult]) -> defaultdict[str, list[Interval]]:
+def _work_of(
+    results: Iterable[RequestResult], reprefills: Iterable[Ticket]
+) -> defaultdict[str, list[Interval]]:
     """When each worker had work: a split prompt from its sending to its first token, its decode
-    from there on; a whole request from its sending to its last token."""
+    from there on; a whole request from its sending to its last token; what was computed again, from
+    its sending to its end."""
     work: defaultdict[str, list[Interval]] = defaultdict(list)
+    for again in reprefills:
+        assert again.started_s is not None and again.prefilled_s is not None
+        work[again.workers[0]].append((again.started_s, again.prefilled_s))
     for one in results:
         if one.first_token_s is None or one.last_token_s is None or one.started_s is None:
             continue
