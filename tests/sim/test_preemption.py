@@ -3,6 +3,7 @@ where it is, or with what another worker has computed again."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
@@ -22,34 +23,51 @@ from tinfer.sim.results import SimRun, figures_of
 from tinfer.sim.spec import EngineSpec, SimRequest, SimSpec
 from tinfer.sim.world import SimulationError
 
+# After so long a prefill that has not ended is given up: it may wait for blocks that wait for it.
+PATIENCE_S = 20.0
+
+
+@dataclass
+class Asked:
+    """A prefill of what `request_id` lost, as `lost` told; its end is `wanted` unless the request
+    is over, and its blocks unless it is `late`."""
+
+    request_id: str
+    lost: ev.Stepped
+    at_s: float
+    is_wanted: bool = True
+    is_late: bool = False
+
 
 class Scripted(Scheduler):
     """The real one, which is told of no preemption; each is answered by the script beside it.
 
-    `helper` is the worker that computes again what was lost; None: who lost it does. Blocks that
-    nobody needs any more are released, and what computes them is aborted.
+    `helper` is the worker that computes again what was lost; None: who lost it does.
     """
 
     helper: ClassVar[str | None] = None
 
     def __init__(self, config: SchedulerConfig) -> None:
         super().__init__(config)
-        self.prefills: dict[str, ev.Stepped | None] = {}  # by id; None once nobody needs it
+        self.asked: dict[str, Asked] = {}
         self.leases: set[LeaseKey] = set()
         self.pulling: set[str] = set()
+        self.over: set[str] = set()
         self.num_asked = 0
 
     def on_event(self, event: ev.Event, now_s: float) -> list[ev.Action]:
         match event:
             case ev.Stepped(preempted=lost) if lost:
                 actions = super().on_event(replace(event, preempted=()), now_s)
-                return actions + [self.answer(request_id, event) for request_id in lost]
-            case ev.Prefilled(prefill_id, lease=lease) if prefill_id in self.prefills:
-                return [self.prefilled(prefill_id, lease)]
-            case ev.WorkerFinished(prefill_id) if prefill_id in self.prefills:
-                wanted = self.prefills.pop(prefill_id)
-                return [] if wanted is None else [resume(prefill_id.split("/")[0], wanted)]
+                alive = [request_id for request_id in lost if request_id not in self.over]
+                return actions + [self.answer(one, event, now_s) for one in alive]
+            case ev.Prefilled(prefill_id, lease=lease) if prefill_id in self.asked:
+                return self.prefilled(self.asked.pop(prefill_id), lease)
+            case ev.WorkerFinished(prefill_id) if prefill_id in self.asked:
+                asked = self.asked.pop(prefill_id)
+                return [resume(asked.request_id, asked.lost)] if asked.is_wanted else []
             case ev.WorkerFinished(request_id) | ev.Cancelled(request_id):
+                self.over.add(request_id)
                 return super().on_event(event, now_s) + self.forget(request_id)
             case ev.LeaseEnded(lease) if lease in self.leases:
                 self.leases.remove(lease)
@@ -57,38 +75,45 @@ class Scripted(Scheduler):
             case ev.Pulled(request_id) if request_id in self.pulling:
                 self.pulling.remove(request_id)
                 return []
+            case ev.Tick():
+                return super().on_event(event, now_s) + self.give_up(now_s)
         return super().on_event(event, now_s)
 
-    def answer(self, request_id: str, event: ev.Stepped) -> ev.Action:
-        if self.helper in (None, event.worker_id) or request_id in self.prefills:
-            return resume(request_id, event)
+    def answer(self, request_id: str, lost: ev.Stepped, now_s: float) -> ev.Action:
+        if self.helper is None or self.helper == lost.worker_id or request_id in self.asked:
+            return resume(request_id, lost)
         self.num_asked += 1
         prefill_id = f"{request_id}/{self.num_asked}"
-        self.prefills[prefill_id] = event
-        assert self.helper is not None
+        self.asked[prefill_id] = Asked(request_id, lost, now_s)
         return ev.StartReprefill(prefill_id, request_id, self.helper, 0)
 
-    def prefilled(self, prefill_id: str, lease: LeaseKey) -> ev.Action:
-        wanted = self.prefills.pop(prefill_id)
+    def prefilled(self, asked: Asked, lease: LeaseKey) -> list[ev.Action]:
         self.leases.add(lease)
-        if wanted is None:
-            return ev.ReleaseLease(lease)
-        request_id = prefill_id.split("/")[0]
-        self.pulling.add(request_id)
-        return resume(request_id, wanted, lease)
+        if asked.is_wanted and not asked.is_late:
+            self.pulling.add(asked.request_id)
+            return [resume(asked.request_id, asked.lost, lease)]
+        actions: list[ev.Action] = [ev.ReleaseLease(lease)]
+        return actions + ([resume(asked.request_id, asked.lost)] if asked.is_wanted else [])
 
     def forget(self, request_id: str) -> list[ev.Action]:
-        aborts: list[ev.Action] = []
-        for prefill_id, wanted in self.prefills.items():
-            if prefill_id.split("/")[0] == request_id and wanted is not None:
-                self.prefills[prefill_id] = None
-                assert self.helper is not None
-                aborts.append(ev.AbortOn(prefill_id, self.helper, 0))
-        return aborts
+        mine = [one for one in self.asked.items() if one[1].request_id == request_id]
+        for _, asked in mine:
+            asked.is_wanted = False
+        return [ev.AbortOn(prefill_id, str(self.helper), 0) for prefill_id, _ in mine]
+
+    def give_up(self, now_s: float) -> list[ev.Action]:
+        late = [
+            prefill_id
+            for prefill_id, asked in self.asked.items()
+            if asked.is_wanted and not asked.is_late and now_s > asked.at_s + PATIENCE_S
+        ]
+        for prefill_id in late:
+            self.asked[prefill_id].is_late = True
+        return [ev.AbortOn(prefill_id, str(self.helper), 0) for prefill_id in late]
 
 
-def resume(request_id: str, event: ev.Stepped, lease: LeaseKey | None = None) -> ev.Resume:
-    return ev.Resume(request_id, event.worker_id, event.generation, lease)
+def resume(request_id: str, lost: ev.Stepped, lease: LeaseKey | None = None) -> ev.Resume:
+    return ev.Resume(request_id, lost.worker_id, lost.generation, lease)
 
 
 @pytest.fixture
@@ -144,11 +169,10 @@ def growing(draw: st.DrawFn) -> tuple[SimRequest, ...]:
 
 @settings(max_examples=100)
 @given(
-    letters=st.sampled_from(["pd", "bb", "pdd", "pbd"]),
+    letters=st.sampled_from(["pd", "pdd", "pbd"]),
     engine=ENGINES,
     asked=growing(),
     caching=st.booleans(),
-    helper=st.integers(0, 1),
     message_s=st.sampled_from([0.0, 0.3]),
 )
 def test_whatever_happens_every_request_ends_once(
@@ -156,13 +180,13 @@ def test_whatever_happens_every_request_ends_once(
     engine: EngineSpec,
     asked: tuple[SimRequest, ...],
     caching: bool,
-    helper: int,
     message_s: float,
 ) -> None:
     class Script(Scripted):
         pass
 
-    Script.helper = f"{letters[helper]}{helper}"
+    # Nobody reads from the one that reads from it: else each could hold what the other one needs.
+    Script.helper = "p0"
     num_blocks = 24 // engine.block_tokens
     engine = replace(engine, num_blocks=num_blocks, prefix_caching=caching, max_num_seqs=6)
     scheduler = SchedulerConfig(decode_admission="greedy")
