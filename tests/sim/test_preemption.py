@@ -149,6 +149,8 @@ def test_every_request_ends_once(
     assert num_of(run, "num_preemptions") > 0
     assert (num_of(run, "num_reprefills") > 0) == (helper is not None)
     assert all(one.num_reprefills == 0 for one in run.workers if one.worker_id != helper)
+    num_lost = sum(one.num_preemptions for one in run.requests)
+    assert num_of(run, "num_preemptions") == num_lost
 
 
 @st.composite

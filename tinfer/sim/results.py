@@ -48,6 +48,7 @@ class RequestResult(Struct, frozen=True, kw_only=True):
 
     `workers` computed it in this order. `started_s` is when it was first sent to one, None where it
     never was; `handoff_s` from prefill done to installed. Times of tokens are None where none came.
+    `num_preemptions` has those of what was computed again for it, too.
     """
 
     request_id: str
@@ -194,8 +195,12 @@ def result_of(world: World) -> SimRun:
     """The results of a world that has run to its end."""
     step_ends_s = [engine.log.ends_s() for engine in world.engines]
     token_s = [_token_times_s(ticket, step_ends_s, world.message_s) for ticket in world.tickets]
+    lost = Counter({one.request.request_id: one.num_preemptions for one in world.tickets})
+    for one in world.reprefills:
+        lost[one.request.request_id] += one.num_preemptions
     results = tuple(
-        _result(one, times_s) for one, times_s in zip(world.tickets, token_s, strict=True)
+        _result(one, times_s, lost[one.request.request_id])
+        for one, times_s in zip(world.tickets, token_s, strict=True)
     )
     gaps_s = [
         np.diff(times_s) if one.ok else np.empty(0)
@@ -247,7 +252,7 @@ def _token_times_s(ticket: Ticket, step_ends_s: Sequence[Floats], message_s: flo
     return np.concatenate(rows) + message_s if rows else np.empty(0)
 
 
-def _result(ticket: Ticket, token_s: Floats) -> RequestResult:
+def _result(ticket: Ticket, token_s: Floats, num_preemptions: int) -> RequestResult:
     request = ticket.request
     handoff_s = None
     if ticket.pulled_s is not None and ticket.prefilled_s is not None:
@@ -265,7 +270,7 @@ def _result(ticket: Ticket, token_s: Floats) -> RequestResult:
         route=ticket.route,
         workers=tuple(ticket.workers),
         cached_tokens=ticket.cached_tokens,
-        num_preemptions=ticket.num_preemptions,
+        num_preemptions=num_preemptions,
         error=ticket.error,
     )
 
