@@ -56,8 +56,8 @@ def request(
 class Lone:
     """An engine that is told things beforehand and then runs until it is idle."""
 
-    def __init__(self, spec: EngineSpec = SPEC) -> None:
-        self.engine = SimEngine(spec)
+    def __init__(self, spec: EngineSpec = SPEC, parks: bool = False) -> None:
+        self.engine = SimEngine(spec, parks=parks)
         self.tickets: dict[str, Ticket] = {}
         self.outputs: list[Output] = []
         self.reads: list[tuple[LeaseKey, float]] = []

@@ -39,6 +39,7 @@ class Seq:
     ended: str | None = None
     number: int = 0  # of those that came, which
     is_decoding: bool = False
+    has_source: bool = False  # whether it is to begin with a pull
 
     @property
     def target(self) -> int:
@@ -50,10 +51,16 @@ class Seq:
 
 
 class Reference:
-    """The engine. `events` are (time, what, request id); messages are given in order of time."""
+    """The engine. `events` are (time, what, request id); messages are given in order of time.
 
-    def __init__(self, spec: EngineSpec) -> None:
+    With `parks`, who lost its blocks is in `parked` until `resume`. `lost` says who did, in order.
+    """
+
+    def __init__(self, spec: EngineSpec, parks: bool = False) -> None:
         self.spec = spec
+        self.parks = parks
+        self.parked: list[Seq] = []
+        self.lost: list[str] = []
         self.free = [Block() for _ in range(spec.num_blocks)]  # the first one is taken first
         self.waiting: list[Seq] = []
         self.pulling: list[Seq] = []
@@ -75,6 +82,7 @@ class Reference:
     def start(self, seq: Seq) -> None:
         self.num_started += 1
         seq.number = self.num_started
+        seq.has_source = seq.kind == "decode"
         most = seq.request.prompt_tokens + seq.num_wanted - 1
         if -(-most // self.spec.block_tokens) > self.spec.num_blocks:
             self.say("refused", seq)
@@ -82,7 +90,7 @@ class Reference:
             self.waiting.append(seq)
 
     def abort(self, request_id: str) -> None:
-        for queue in (self.waiting, self.pulling, self.ready, self.running):
+        for queue in (self.waiting, self.pulling, self.ready, self.running, self.parked):
             for seq in [one for one in queue if one.request.request_id == request_id]:
                 if seq.ended:
                     continue
@@ -90,6 +98,12 @@ class Reference:
                 if queue is not self.pulling:
                     queue.remove(seq)
                     self.release(seq)
+
+    def resume(self, request_id: str, has_source: bool) -> None:
+        for seq in [one for one in self.parked if one.request.request_id == request_id]:
+            self.parked.remove(seq)
+            seq.has_source = has_source
+            self.waiting.insert(0, seq)
 
     def end_lease(self, request_id: str) -> None:
         seq = self.held.pop(request_id, None)
@@ -195,7 +209,7 @@ class Reference:
     def step(self) -> bool:
         """One step; false if there is nothing to compute."""
         for seq in self.ready:
-            seq.is_decoding = True
+            seq.is_decoding = seq.kind == "decode" or bool(seq.tokens_s)
             self.running.append(seq)
         self.ready = []
         chunks = self.fill(lets_in=self.fit_running())
@@ -265,7 +279,11 @@ class Reference:
             self.release(victim)
             victim.is_decoding = False
             victim.num_preemptions += 1
-            self.waiting.insert(0, victim)
+            self.lost.append(victim.request.request_id)
+            if self.parks:
+                self.parked.append(victim)
+            else:
+                self.waiting.insert(0, victim)
             has_preempted = True
 
     def missing(self, seq: Seq, num: int) -> int:
@@ -327,8 +345,8 @@ class Reference:
 
     def next_up(self, todo: list[Seq], waiting: list[Seq], left: int) -> Seq | None:
         """Whose turn it is: of prompts that run (`todo`) and of all that may be let in."""
-        prompts = [seq for seq in waiting if not self.is_pull(seq)] if left > 0 else []
-        pulls = [seq for seq in waiting if self.is_pull(seq)]
+        prompts = [seq for seq in waiting if not seq.has_source] if left > 0 else []
+        pulls = [seq for seq in waiting if seq.has_source]
         if todo and self.first_of(todo + prompts) in todo:
             return self.first_of(todo)
         turns = pulls[:1] + ([self.first_of(prompts)] if prompts else [])
@@ -339,7 +357,7 @@ class Reference:
         found = self.hits(seq)
         needed = self.blocks_for(seq.target) - sum(block not in self.free for block in found)
         missing = seq.target - len(found) * self.spec.block_tokens
-        if self.is_pull(seq):
+        if seq.has_source:
             for other in [one for one in self.running if not one.is_decoding]:
                 needed += self.blocks_for(other.target) - len(other.blocks)
         else:
@@ -351,11 +369,12 @@ class Reference:
             return False
         self.waiting.remove(seq)
         self.adopt(seq, found)
-        if self.is_pull(seq):
+        if seq.has_source:
             self.take(seq, self.blocks_for(seq.target) - len(found))
             seq.computed = seq.target
             seq.pulled_s = self.now_s + self.spec.costs.handoff_total_s(missing)
-            seq.cached_tokens = 0
+            seq.cached_tokens = seq.cached_tokens or 0
+            seq.has_source = False
             self.pulling.append(seq)
             return True
         seq.computed = seq.target - missing
@@ -363,9 +382,6 @@ class Reference:
             seq.cached_tokens = seq.computed
         self.running.append(seq)
         return True
-
-    def is_pull(self, seq: Seq) -> bool:
-        return seq.kind == "decode" and seq.cached_tokens is None
 
     def next_pull_s(self) -> float:
         return min((seq.pulled_s for seq in self.pulling), default=math.inf)

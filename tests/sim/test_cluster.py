@@ -258,8 +258,9 @@ def test_events_come_in_order_of_time_with_steps_before_what_they_gave(
         if isinstance(event, ev.Stepped):
             before = last.get(event.worker_id)
             if before is not None:
-                assert event.num_steps > before.num_steps
-                assert event.busy_s > before.busy_s
+                # Where a preemption leaves nothing to compute, it is told of without a step.
+                assert event.num_steps > before.num_steps or event.preempted
+                assert event.busy_s > before.busy_s or event.num_steps == before.num_steps
                 assert event.num_prefill_tokens >= before.num_prefill_tokens
             assert 0 <= event.num_free_blocks <= TIGHT.num_blocks
             last[event.worker_id] = event

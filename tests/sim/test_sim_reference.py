@@ -31,6 +31,8 @@ COSTS = replace(
     handoff_token_s=2**-4,
 )
 HOLD_S = 2.0 + 2**-9
+PARKED_S = 1.0 + 2**-11
+LEASE = LeaseKey("p", 0, 0, 0)
 
 
 class Message(NamedTuple):
@@ -39,6 +41,11 @@ class Message(NamedTuple):
     request: SimRequest | None = None
     kind: RefKind = "whole"
     tokens: int | None = None
+
+
+# How those that lose their blocks go on, by how many have before: with a pull (true) or without;
+# None: by themselves.
+Resumes = list[bool] | None
 
 
 SPECS = st.builds(
@@ -98,20 +105,28 @@ class Seen(NamedTuple):
     begun_s: set[float]
 
 
-def by_reference(spec: EngineSpec, messages: list[Message], looked_s: Collection[float]) -> Seen:
+def by_reference(
+    spec: EngineSpec, messages: list[Message], looked_s: Collection[float], resumes: Resumes
+) -> Seen:
     """`looked_s`: at which times to tell what was known then."""
-    engine = Reference(spec)
+    engine = Reference(spec, parks=resumes is not None)
     seqs: dict[str, Seq] = {}
     waiting: list[tuple[float, int, Any]] = [(m.at_s, i, m) for i, m in enumerate(messages)]
-    num_heard = 0
+    num_heard = num_resumed = 0
     while True:
+        for name in engine.lost[num_resumed:]:
+            if resumes is not None:
+                resume = (name, resumes[num_resumed % len(resumes)])
+                at_s = engine.now_s + PARKED_S
+                heapq.heappush(waiting, (at_s, 10_000 + num_resumed, resume))
+            num_resumed += 1
         for at_s, what, request_id in engine.events[num_heard:]:
             if what == "prefilled":
                 heapq.heappush(waiting, (at_s + HOLD_S, len(waiting) + 1000, request_id))
         num_heard = len(engine.events)
         message_s = waiting[0][0] if waiting else math.inf
         if min(message_s, engine.next_pull_s()) > engine.now_s:
-            if not engine.step():
+            if not engine.step() and len(engine.lost) == num_resumed:
                 if (next_s := min(message_s, engine.next_pull_s())) == math.inf:
                     break
                 engine.now_s = next_s
@@ -139,9 +154,13 @@ def begin(entry: tuple[float, object]) -> float:
     return entry[0]
 
 
-def tell_reference(engine: Reference, seqs: dict[str, Seq], message: Message | str) -> None:
+def tell_reference(
+    engine: Reference, seqs: dict[str, Seq], message: Message | str | tuple[str, bool]
+) -> None:
     if isinstance(message, str):
         engine.end_lease(message)
+    elif not isinstance(message, Message):
+        engine.resume(*message)
     elif message.what == "budget":
         engine.budget = message.tokens
     elif message.request is not None and message.what == "abort":
@@ -151,9 +170,12 @@ def tell_reference(engine: Reference, seqs: dict[str, Seq], message: Message | s
         engine.start(seq)
 
 
-def by_simulation(spec: EngineSpec, messages: list[Message], knows_all: bool) -> Seen:
+def by_simulation(
+    spec: EngineSpec, messages: list[Message], knows_all: bool, resumes: Resumes
+) -> Seen:
     """`knows_all`: messages are posted before anything runs; else each just when it comes."""
-    engine = SimEngine(spec)
+    engine = SimEngine(spec, parks=resumes is not None)
+    num_resumed = 0
     tickets: dict[str, Ticket] = {}
     events: list[tuple[float, str, str]] = []
     reports: dict[float, tuple[int, float, int, int]] = {}
@@ -173,6 +195,11 @@ def by_simulation(spec: EngineSpec, messages: list[Message], knows_all: bool) ->
             events.append((output.at_s, output.what.value, output.job.id))
             if output.what is What.PREFILLED and output.lease is not None:
                 engine.end_lease(output.at_s + HOLD_S, output.lease)
+        for name in engine.take_preempted():
+            if resumes is not None:
+                lease = LEASE if resumes[num_resumed % len(resumes)] else None
+                engine.resume(engine.now_s + PARKED_S, name, lease)
+            num_resumed += 1
     assert engine.is_idle
     ends_s = engine.log.ends_s().tolist()
     tokens_s: dict[str, list[float]] = {}
@@ -199,18 +226,23 @@ def tell_engine(engine: SimEngine, tickets: dict[str, Ticket], message: Message)
     elif message.request is not None:
         ticket = Ticket(len(tickets), message.request)
         tickets[message.request.request_id] = ticket
-        lease = LeaseKey("p", 0, 0, 0) if message.kind == "decode" else None
+        lease = LEASE if message.kind == "decode" else None
         engine.start(message.at_s, Job(ticket, Kind(message.kind), lease))
 
 
 @settings(max_examples=300)
-@given(data=st.data(), spec=SPECS, knows_all=st.booleans())
+@given(
+    data=st.data(),
+    spec=SPECS,
+    knows_all=st.booleans(),
+    resumes=st.none() | st.lists(st.booleans(), min_size=1, max_size=3),
+)
 def test_it_does_what_a_plain_engine_does(
-    data: st.DataObject, spec: EngineSpec, knows_all: bool
+    data: st.DataObject, spec: EngineSpec, knows_all: bool, resumes: Resumes
 ) -> None:
     messages = data.draw(histories(spec.block_tokens))
-    seen = by_simulation(spec, messages, knows_all)
-    expected = by_reference(spec, messages, seen.reports)
+    seen = by_simulation(spec, messages, knows_all, resumes)
+    expected = by_reference(spec, messages, seen.reports, resumes)
     # At the very end of a step both answers are right: it is over, or what it gave is not seen yet.
     for at_s in expected.begun_s & seen.reports.keys():
         del seen.reports[at_s], expected.reports[at_s]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
+
+import msgspec
 
 from tinfer.core.sampling import SamplingSpec, TokenLogprobs
 from tinfer.wire.control import WorkerSpec
 from tinfer.wire.messages import Output, Source, Start
-from tinfer.worker.adapter import Engine, Notice
+from tinfer.worker.adapter import Engine, Notice, Report
 from tinfer.worker.fake_engine import FakeEngine
-from tinfer.worker.fake_model import expected_answer, prompt_bytes
+from tinfer.worker.fake_kv import FakeBlocks, FakeExport
+from tinfer.worker.fake_model import DIGEST_BYTES, expected_answer, prompt_bytes
 from tinfer.worker.fake_settings import FakeSettings, settings_of
+from tinfer.worker.kv.shm import attach_mmap
 
 Kind = Literal["whole", "prefill", "decode"]
 TINY = {"num_blocks": 24, "block_tokens": 4, "mean_output_tokens": 12}
@@ -87,6 +91,12 @@ class Box:
         self.clients: dict[str, Client] = {}
         self.finished: list[str] = []
         self.notices: list[Notice] = []
+        self.report = Report([], [])
+        # How the next one that is preempted goes on: where it is, with what the other worker
+        # computes again (under a name of its own), or not before the test says so.
+        self.goes_on: Callable[[], Literal["here", "helped", "later"]] = lambda: "here"
+        self.helped: dict[str, str] = {}
+        self.num_helped = 0
         self.d.add_peer("p", 0, self.p.ready().export)
         # A type check that the engine answers to the worker's loop.
         self.engines: list[Engine] = [self.p, self.d]
@@ -120,7 +130,12 @@ class Box:
         return client
 
     def step(self, engine: Engine, handoff: bool = False) -> None:
-        for output in engine.step():
+        outputs = engine.step()
+        self.report = engine.take_report()
+        for output in outputs:
+            if output.request_id in self.helped:
+                self.d.resume(self.helped.pop(output.request_id), output.source)
+                continue
             client = self.clients.get(output.request_id)
             if client is None:
                 assert output.source is None, "an aborted prefill holds nothing"
@@ -135,6 +150,32 @@ class Box:
                 if handoff:
                     self.decode(output.request_id)
         self.notices += engine.take_notices()
+        for request_id in self.report.preempted:
+            self._preempted(engine, request_id)
+
+    def _preempted(self, engine: Engine, request_id: str) -> None:
+        how = self.goes_on()
+        if engine is self.p or request_id not in self.clients or how == "here":
+            engine.resume(request_id, None)
+        elif how == "helped":
+            self.num_helped += 1
+            name = f"{request_id}+{self.num_helped}"
+            self.helped[name] = request_id
+            self.reprefill(name, self.clients[request_id])
+
+    def reprefill(self, name: str, client: Client) -> None:
+        """Compute on the prefill worker all that a request has."""
+        prompt = prompt_bytes(client.prompt + client.token_ids)
+        sampling = SamplingSpec(max_tokens=1, temperature=0.0, ignore_eos=True)
+        self.p.start(Start(name, "prefill", prompt, sampling))
+
+    def spoil(self, source: Source) -> None:
+        """Overwrite the second block that a source offers, as a stray writer would."""
+        export = msgspec.msgpack.decode(self.p.ready().export, type=FakeExport)
+        block = msgspec.msgpack.decode(source.blocks, type=FakeBlocks).blocks[1]
+        memory = attach_mmap(export.kv, writable=True)
+        memory[block * DIGEST_BYTES] ^= 1
+        memory.close()
 
     def drain(self, handoff: bool = False) -> None:
         """Step until nothing is left to do."""

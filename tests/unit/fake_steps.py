@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from tests.unit.fake_box import spec_of
 from tinfer.core.sampling import SamplingSpec
 from tinfer.wire.messages import LeaseId, Source, Start
@@ -15,12 +17,19 @@ BLOCK_TOKENS = 4
 
 
 class Stepper:
-    """A scheduler whose steps compute at once; pulls end when they are told to."""
+    """A scheduler whose steps compute at once; pulls end when they are told to, and so do the waits
+    of those that were preempted."""
 
-    def __init__(self, num_blocks: int = 64, max_num_seqs: int = 8, tokens: int = 16) -> None:
+    def __init__(
+        self,
+        num_blocks: int = 64,
+        max_num_seqs: int = 8,
+        tokens: int = 16,
+        order: Literal["fcfs", "srpt"] = "fcfs",
+    ) -> None:
         self.kv = FakeKV(num_blocks)
         self.limits = FakeLimits(max_num_seqs, tokens)
-        self.scheduler = FakeScheduler(self.kv, BLOCK_TOKENS, self.limits)
+        self.scheduler = FakeScheduler(self.kv, BLOCK_TOKENS, self.limits, order)
         fake = {"num_blocks": num_blocks, "block_tokens": BLOCK_TOKENS}
         self._model = FakeModel(settings_of(spec_of(fake)))
         self.pulling: list[FakeRequest] = []
@@ -31,16 +40,30 @@ class Stepper:
     ) -> FakeRequest:
         sampling = SamplingSpec(max_tokens=max_tokens, ignore_eos=True)
         prompt = prompt_bytes([len(name)] * prompt_tokens)
-        num_blocks = -(-prompt_tokens // BLOCK_TOKENS)
-        source = Source("p", 0, LeaseId(0, 1), prompt_tokens, num_blocks, b"") if pulled else None
-        start = Start(name, "decode" if pulled else "whole", prompt, sampling, source)
-        request = FakeRequest(start, Answer(self._model, prompt, sampling), BLOCK_TOKENS)
+        start = Start(name, "decode" if pulled else "whole", prompt, sampling)
+        request = FakeRequest(start, Answer(self._model, prompt, sampling))
+        if pulled:
+            self._offer(request)
         self.scheduler.add(request)
         return request
 
+    def resume(self, name: str, pulled: bool = False) -> None:
+        """A preempted request goes on, with a pull of all its tokens or without."""
+        request = self.scheduler.parked[name]
+        if pulled:
+            self._offer(request)
+        else:
+            assert not request.offer(None, BLOCK_TOKENS)
+        self.scheduler.resume(request)
+
+    def _offer(self, request: FakeRequest) -> None:
+        num_blocks = -(-request.num_tokens // BLOCK_TOKENS)
+        source = Source("p", 0, LeaseId(0, 1), request.num_tokens, num_blocks, b"")
+        assert request.offer(source, BLOCK_TOKENS)
+
     def end_pull(self, request: FakeRequest, ok: bool = True) -> None:
         self.pulling.remove(request)
-        self.scheduler.pull_ended(request, request.prompt_tokens - 1 if ok else 0)
+        self.scheduler.pull_ended(request, request.num_tokens - 1 if ok else 0)
 
     def step(self) -> dict[str, int]:
         """One step; the tokens that each request got in it."""
@@ -125,6 +148,8 @@ class Stepper:
             for request in list(self.pulling):
                 self.end_pull(request)
             self.step()
+            for name in self.report.preempted:
+                self.resume(name, pulled=num_steps % 2 == 0)
         raise AssertionError("the scheduler does not come to an end")
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from tests.unit.fake_box import ROOMY, Box, boxed, spec_of
+from tests.unit.fake_box import ROOMY, boxed, spec_of
 from tinfer.core.sampling import SamplingSpec
 from tinfer.wire.messages import (
     Aborted,
@@ -19,14 +19,12 @@ from tinfer.wire.messages import (
     LeasesEnded,
     LeasesOverdue,
     PullDone,
-    Source,
     Start,
 )
 from tinfer.worker.adapter import EngineRefusal
 from tinfer.worker.fake_engine import EXIT_CHAOS, FakeEngine
-from tinfer.worker.fake_kv import FakeBlocks, FakeExport, FakeKV
+from tinfer.worker.fake_kv import FakeKV
 from tinfer.worker.fake_model import DIGEST_BYTES
-from tinfer.worker.kv.shm import attach_mmap
 
 
 def test_a_handoff_moves_blocks_and_ends_its_lease_once() -> None:
@@ -83,20 +81,11 @@ def test_a_prefill_that_ends_with_its_first_token() -> None:
         box.assert_zero()
 
 
-def spoil_block(box: Box, source: Source) -> None:
-    """Overwrite the second block that a source offers, as a stray writer would."""
-    export = msgspec.msgpack.decode(box.p.ready().export, type=FakeExport)
-    block = msgspec.msgpack.decode(source.blocks, type=FakeBlocks).blocks[1]
-    memory = attach_mmap(export.kv, writable=True)
-    memory[block * DIGEST_BYTES] ^= 1
-    memory.close()
-
-
 def test_a_wrong_block_under_a_valid_lease_gives_a_wrong_answer() -> None:
     with boxed(**ROOMY) as box:
         client = box.prefill(max_tokens=20)
         assert client.source is not None
-        spoil_block(box, client.source)
+        box.spoil(client.source)
         box.decode("r")
         box.drain()
         (pulled,) = box.seen(PullDone)
@@ -233,7 +222,8 @@ def test_a_source_of_less_than_a_block_is_let_go_of() -> None:
         assert source is not None
         box.decode("r", msgspec.structs.replace(source, num_tokens=3))
         box.drain()
-        assert box.seen(PullDone) == []
+        (pulled,) = box.seen(PullDone)
+        assert (pulled.ok, pulled.num_bytes) == (False, 0)
         assert client.answer == box.expected(client)
         box.assert_zero()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -19,8 +20,13 @@ PROMPT = 100
 
 
 @contextmanager
-def stepping(num_blocks: int = 64, max_num_seqs: int = 8, tokens: int = 16) -> Iterator[Stepper]:
-    stepper = Stepper(num_blocks, max_num_seqs, tokens)
+def stepping(
+    num_blocks: int = 64,
+    max_num_seqs: int = 8,
+    tokens: int = 16,
+    order: Literal["fcfs", "srpt"] = "fcfs",
+) -> Iterator[Stepper]:
+    stepper = Stepper(num_blocks, max_num_seqs, tokens, order)
     try:
         yield stepper
     finally:
@@ -113,9 +119,87 @@ def test_the_least_progressed_gives_way_and_is_reported() -> None:
         while grows.answer.finish_reason is None:
             stepper.step()
             victims += stepper.report.preempted
+            for name in stepper.report.preempted:
+                stepper.resume(name)
         assert victims
         assert set(victims) == {"prompt"}
         assert stepper.scheduler.num_preemptions == len(victims)
+        stepper.drain()
+
+
+def test_who_gives_way_waits_without_blocks_until_it_is_told_to_go_on() -> None:
+    with stepping(num_blocks=6) as stepper:
+        old, young = (stepper.add(name, 8, 9) for name in ("old", "young"))
+        while not stepper.report.preempted:
+            stepper.step()
+        assert stepper.report.preempted == ["young"]
+        assert (young.blocks, young.num_computed) == ([], 0)
+        assert stepper.scheduler.num_waiting == 1
+        while old.answer.finish_reason is None:
+            assert stepper.step() == {"old": 1}
+        assert not stepper.scheduler.has_requests()
+        assert stepper.step() == {}
+        num_tokens = young.num_tokens
+        stepper.resume("young")
+        assert stepper.step() == {"young": num_tokens}
+        stepper.drain()
+        assert young.answer.num_tokens == 9
+
+
+def test_it_goes_on_with_a_pull_before_all_that_wait() -> None:
+    with stepping(num_blocks=6) as stepper:
+        old, young = (stepper.add(name, 8, 9) for name in ("old", "young"))
+        while not stepper.report.preempted:
+            stepper.step()
+        late = stepper.add("late", 16, 2, pulled=True)
+        stepper.resume("young", pulled=True)
+        while old.answer.finish_reason is None:
+            assert stepper.pulling == []
+            stepper.step()
+        stepper.scheduler.prefill_budget = 0
+        stepper.step()
+        assert stepper.pulling == [young]
+        assert len(young.blocks) == -(-young.num_tokens // 4)
+        num_tokens = young.answer.num_tokens
+        stepper.end_pull(young)
+        assert stepper.step() == {"young": 1}
+        assert young.answer.num_tokens == num_tokens + 1
+        assert late.blocks == []
+        stepper.drain()
+
+
+def test_of_prompts_the_shortest_is_first_within_a_step() -> None:
+    with stepping(order="srpt") as stepper:
+        stepper.add("long", PROMPT, 2)
+        assert stepper.step() == {"long": 16}
+        stepper.scheduler.prefill_budget = 10
+        stepper.add("six", 6, 2)
+        stepper.add("three", 3, 2)
+        assert stepper.step() == {"six": 6, "three": 3, "long": 1}
+        assert stepper.step() == {"six": 1, "three": 1, "long": 10}
+
+
+def test_of_equals_who_came_first_and_what_counts_is_what_is_left() -> None:
+    with stepping(order="srpt") as stepper:
+        stepper.scheduler.prefill_budget = 6
+        stepper.add("a", 9, 2)
+        stepper.add("b", 9, 2)
+        assert stepper.step() == {"a": 6}
+        stepper.add("c", 4, 2)
+        assert stepper.step() == {"a": 3, "c": 3}
+        assert stepper.step() == {"a": 1, "b": 5, "c": 1}
+
+
+def test_a_short_prompt_that_lacks_blocks_keeps_nobody_from_the_budget() -> None:
+    with stepping(num_blocks=12, order="srpt") as stepper:
+        stepper.scheduler.prefill_budget = 1
+        stepper.add("large", 44, 2, pulled=True)
+        stepper.add("long", 4, 2)
+        assert stepper.step() == {"long": 1}
+        stepper.add("short", 2, 2)
+        # No block is free for it: once it has been turned away the long one goes on.
+        assert stepper.step() == {}
+        assert stepper.step() == {"long": 1}
         stepper.drain()
 
 
@@ -127,14 +211,26 @@ def work(draw: st.DrawFn) -> list[tuple[int, int, bool]]:
 
 
 @settings(max_examples=200, deadline=None)
-@given(work(), st.integers(16, 40), st.integers(2, 8), st.integers(8, 24), st.integers(0, 1 << 32))
+@given(
+    work(),
+    st.integers(16, 40),
+    st.integers(2, 8),
+    st.integers(8, 24),
+    st.sampled_from(["fcfs", "srpt"]),
+    st.integers(0, 1 << 32),
+)
 def test_no_step_breaks_a_rule_whatever_the_budgets(
-    requests: list[tuple[int, int, bool]], num_blocks: int, seats: int, tokens: int, seed: int
+    requests: list[tuple[int, int, bool]],
+    num_blocks: int,
+    seats: int,
+    tokens: int,
+    order: Literal["fcfs", "srpt"],
+    seed: int,
 ) -> None:
     """Every step is checked (`Stepper.step`): the prompts within the budget, nobody who needs one
     token and no pull behind it, the least progressed preempted; and all of it comes to an end."""
     rng = random.Random(seed)
-    with stepping(num_blocks, seats, tokens) as stepper:
+    with stepping(num_blocks, seats, tokens, order) as stepper:
         pending = list(enumerate(requests))
         answers = []
         for _ in range(300):
@@ -144,10 +240,14 @@ def test_no_step_breaks_a_rule_whatever_the_budgets(
                 answers.append((stepper.add(str(number), *request), request[1]))
             elif stepper.pulling and move < 0.5:
                 stepper.end_pull(rng.choice(stepper.pulling), ok=rng.random() < 0.8)
+            elif stepper.scheduler.parked and move < 0.55:
+                stepper.resume(rng.choice(list(stepper.scheduler.parked)), rng.random() < 0.5)
             elif move < 0.6:
                 stepper.scheduler.prefill_budget = rng.choice([0, 1, 3, 10, 100, None])
             else:
                 stepper.step()
+        for name in list(stepper.scheduler.parked):
+            stepper.resume(name)
         stepper.scheduler.prefill_budget = rng.choice([1, 5, None])
         stepper.drain()
         assert [a.answer.num_tokens for a, _ in answers] == [length for _, length in answers]
@@ -162,9 +262,8 @@ def test_an_engine_obeys_reports_and_counts() -> None:
         seen = []
         while box.d.has_requests():
             box.step(box.d)
-            progress, preempted = box.d.take_report()
-            seen += progress
-            assert preempted == []
+            seen += box.report.progress
+            assert box.report.preempted == []
         assert seen == [("r", done) for done in range(4, 30, 4)]
         stats = box.d.stats()
         assert (stats.num_steps, stats.num_computed_prompt_tokens) == (8 + 2, 30)

@@ -295,9 +295,9 @@ def test_progress_tells_of_chunks_once() -> None:
     lone.run(until_s=1.0)
     assert lone.engine.take_progress() == ()
     lone.run(until_s=3.5)
-    assert lone.engine.has_progress
+    assert lone.engine.has_news
     assert lone.engine.take_progress() == (("a", 8),)
-    assert not lone.engine.has_progress
+    assert not lone.engine.has_news
     assert lone.engine.take_progress() == ()
 
 

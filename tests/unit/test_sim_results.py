@@ -54,6 +54,7 @@ def worker(*work: tuple[float, float], num_devices: int = 1) -> WorkerResult:
         step_s=2.0,
         num_prefill_tokens=14,
         num_preemptions=2,
+        num_reprefills=1,
         work=work,
     )
 
@@ -127,7 +128,7 @@ def test_resource_time_ends_on_each_device_with_the_last_work_there() -> None:
     figures = figures_of(run)
     assert figures["resource_s"] == 18.5 and figures["busy_s"] == 14.0
     assert figures["perf_per_dollar_reciprocal"] == pytest.approx(1 / (2.5 * 18.5))
-    assert figures["num_preemptions"] == 6
+    assert (figures["num_preemptions"], figures["num_reprefills"]) == (6, 3)
 
 
 def test_covered_time_counts_what_overlaps_once() -> None:

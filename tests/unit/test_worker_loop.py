@@ -12,6 +12,7 @@ from tests.unit.fake_box import ROOMY, spec_of
 from tinfer.core.sampling import SamplingSpec
 from tinfer.wire.messages import (
     Idle,
+    Resume,
     SetBudget,
     Start,
     Step,
@@ -77,6 +78,15 @@ def steps_of(messages: list[ToMaster]) -> list[Step]:
     return [message for message in messages if isinstance(message, Step)]
 
 
+def ends_of(messages: list[ToMaster]) -> list[str]:
+    outputs = [output for step in steps_of(messages) for output in step.outputs]
+    return [output.request_id for output in outputs if output.finish_reason is not None]
+
+
+def is_preemption(message: ToMaster) -> bool:
+    return isinstance(message, Step) and bool(message.preempted)
+
+
 def test_a_step_without_outputs_is_sent_for_its_progress() -> None:
     with looping(FakeEngine(spec_of(ROOMY))) as master:
         master.send(SetBudget(4), whole("r", 10, 2))
@@ -107,11 +117,22 @@ def test_preempted_requests_are_named_in_their_step() -> None:
     tight = {"num_blocks": 8, "block_tokens": 4, "mean_output_tokens": 12}
     with looping(FakeEngine(spec_of(tight))) as master:
         master.send(SetBudget(0), whole("old", 8, 20), whole("young", 8, 20), SetBudget(None))
-        messages = master.until(lambda message: isinstance(message, Idle))
-        preempted = [name for step in steps_of(messages) for name in step.preempted]
-        assert preempted
-        assert set(preempted) == {"young"}
+        messages = master.until(is_preemption)
+        # It waits for a word: the other one is computed to its end, and then nothing.
+        messages += master.until(lambda message: isinstance(message, Idle))
+        assert ends_of(messages) == ["old"]
+        assert [name for step in steps_of(messages) for name in step.preempted] == ["young"]
+        master.send(Resume("young"))
+        messages += master.until(lambda message: isinstance(message, Idle))
+        assert ends_of(messages) == ["old", "young"]
         last = messages[-1]
         assert isinstance(last, Idle)
-        assert last.stats.num_preemptions == len(preempted)
+        assert last.stats.num_preemptions == 1
         assert last.stats.num_free_blocks == 8
+
+
+def test_word_to_an_unknown_request_changes_nothing() -> None:
+    with looping(FakeEngine(spec_of(ROOMY))) as master:
+        master.send(Resume("nobody"), whole("r", 4, 2))
+        messages = master.until(lambda message: isinstance(message, Idle))
+        assert ends_of(messages) == ["r"]

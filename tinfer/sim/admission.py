@@ -43,10 +43,10 @@ class _Step:
 
 
 class Queues:
-    """Every job is in exactly one of these, or in the batch.
+    """Every job is in exactly one of these, in the batch, or waits for `SimEngine.resume`.
 
-    `prompts` and `pulls` wait; `pulling` are being copied; `ready` have their prompt's blocks and
-    join the batch with the next step; `prefilling` run and have a part of their prompt.
+    `prompts` and `pulls` wait; `pulling` are being copied; `ready` have the blocks that they pulled
+    and run from the next step on; `prefilling` run and have a part of their prompt.
     """
 
     def __init__(self, spec: EngineSpec, pool: BlockPool) -> None:
@@ -72,11 +72,14 @@ class Queues:
             bisect.insort(self.prompts, job, key=self._place)
 
     def add_first(self, job: Job) -> None:
-        """A job that lost its blocks: it computes all of them again, before any pull and, first
-        come, first served, before anybody else."""
+        """A job that lost its blocks: it pulls them, or computes all of them again, before any
+        other pull and, first come, first served, before anybody else."""
         self._first_rank -= 1
         job.rank = self._first_rank
-        bisect.insort(self.prompts, job, key=self._place)
+        if job.lease is not None:
+            self.pulls.appendleft(job)
+        else:
+            bisect.insort(self.prompts, job, key=self._place)
 
     def remove(self, job: Job) -> None:
         """Forget a job that may be in any of them but `pulling`."""
@@ -228,7 +231,7 @@ class Queues:
         return num_tokens
 
     def _take_all(self, job: Job, num_reserved: int, beside: bool) -> int | None:
-        """Take all blocks of a prompt, without those that prompts under way still need: a pull
+        """Take all blocks that a pull fills, without those that prompts under way still need: it
         cannot be preempted. Returns the tokens that are not here yet."""
         num_hits, num_idle = self._pool.hits(job)
         if not self._fits(job, num_hits - num_idle, num_reserved, beside):

@@ -58,7 +58,7 @@ class BlockPool:
             elif block_hash not in self._refs:
                 return num_hits, num_idle
             num_hits += 1
-        chain = min(self._idle.get(job.id, 0), most - num_hits)
+        chain = min(self._idle.get(job.request_id, 0), most - num_hits)
         return num_hits + chain, num_idle + chain
 
     def acquire(self, job: Job, num_hits: int) -> None:
@@ -72,7 +72,7 @@ class BlockPool:
         job.refs = list(hashes)
         job.num_registered = len(hashes)
         # What a chain holds beyond is computed anew, so nothing leads to it any more.
-        self._num_idle -= self._idle.pop(job.id, 0)
+        self._num_idle -= self._idle.pop(job.request_id, 0)
         self.num_free -= num_hits - len(hashes)
 
     def register(self, job: Job, computed_tokens: int) -> None:
@@ -97,9 +97,9 @@ class BlockPool:
         if self.caching:
             num_own = computed_tokens // self.block_tokens - job.num_registered
             if num_own > 0:
-                kept = self._idle.pop(job.id, 0)
+                kept = self._idle.pop(job.request_id, 0)
                 self._num_idle += max(kept, num_own) - kept
-                self._idle[job.id] = max(kept, num_own)
+                self._idle[job.request_id] = max(kept, num_own)
         for block_hash in reversed(job.refs):
             self._refs[block_hash] -= 1
             if not self._refs[block_hash]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import assert_never
 
+from msgspec.structs import replace
+
 from tinfer.core import events as ev
 from tinfer.core.scheduler import Scheduler
 from tinfer.sim.engine import SimEngine
@@ -30,7 +32,8 @@ def simulate(spec: SimSpec) -> SimRun:
         raise ValueError("there is no worker")
     workers = sorted(spec.workers, key=lambda worker: worker.worker_id)
     engines = [
-        SimEngine(worker.engine, worker.worker_id, place, spec.seed)
+        # Who is not told of preemptions cannot answer them.
+        SimEngine(worker.engine, worker.worker_id, place, spec.seed, parks=spec.post_steps)
         for place, worker in enumerate(workers)
     ]
     world = World(engines, spec.requests, spec.message_s, spec.tick_s)
@@ -94,7 +97,9 @@ class Cluster:
                 assert output.lease is not None
                 return ev.Prefilled(rid, worker_id, GENERATION, output.lease, output.num_blocks)
             case What.PULLED:
-                ticket.pulled_s = now_s
+                # What is pulled after a preemption is no hand-off.
+                if output.job.kind is Kind.DECODE and ticket.pulled_s is None:
+                    ticket.pulled_s = now_s
                 return ev.Pulled(rid, worker_id, GENERATION, ok=True)
             case What.LEASE_ENDED:
                 assert output.lease is not None
@@ -121,7 +126,7 @@ class Cluster:
         seen_s = self._world.seen_s
         for place, engine in enumerate(self._world.engines):
             report = engine.report(seen_s)
-            if report.num_steps != self._reported[place]:
+            if report.num_steps != self._reported[place] or engine.has_preempted:
                 self._reported[place] = report.num_steps
                 stepped = ev.Stepped(
                     engine.worker_id,
@@ -148,6 +153,10 @@ class Cluster:
                 ticket = self._tickets[rid]
                 ticket.workers.append(worker_id)
                 engine_of[worker_id].start(at_s, Job(ticket, Kind.DECODE, lease))
+            case ev.StartReprefill(prefill_id, rid, worker_id):
+                self._reprefill(prefill_id, self._tickets[rid], engine_of[worker_id], now_s)
+            case ev.Resume(rid, worker_id, _, lease_or_none):
+                engine_of[worker_id].resume(at_s, rid, lease_or_none)
             case ev.AbortOn(rid, worker_id):
                 engine_of[worker_id].abort(at_s, rid)
             case ev.SetBudget(worker_id, _, prefill_tokens):
@@ -171,6 +180,26 @@ class Cluster:
         ticket.workers.append(engine.worker_id)
         ticket.started_s = now_s
         engine.start(now_s + self._world.message_s, Job(ticket, kind))
+
+    def _reprefill(self, prefill_id: str, ticket: Ticket, engine: SimEngine, now_s: float) -> None:
+        """Compute what a request has so far once more, as a prompt whose client nobody is."""
+        request = ticket.request
+        job = self._world.engine_of[ticket.workers[-1]].parked(request.request_id)
+        if job is None:
+            raise SimulationError(f"{request.request_id} is prefilled again and has its blocks")
+        # Its own answer is of two tokens: a prefill with none to come is not held.
+        again = replace(
+            request,
+            prompt_tokens=request.prompt_tokens + job.num_emitted,
+            output_tokens=2,
+            max_output_tokens=2,
+        )
+        reprefills = self._world.reprefills
+        reprefill = Ticket(len(reprefills), again, is_over=True)
+        reprefill.workers.append(engine.worker_id)
+        reprefill.started_s = now_s
+        reprefills.append(reprefill)
+        engine.start(now_s + self._world.message_s, Job(reprefill, Kind.PREFILL, id=prefill_id))
 
     def check_closed(self) -> None:
         """Raises `SimulationError` unless all accounts are zero."""

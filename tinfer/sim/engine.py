@@ -19,6 +19,7 @@ from tinfer.sim.batch import DecodeBatch, Stretch
 from tinfer.sim.blocks import BlockPool
 from tinfer.sim.jobs import Job, Kind, Output, What
 from tinfer.sim.pace import Pace
+from tinfer.sim.preempted import Preempted
 from tinfer.sim.spec import EngineSpec
 from tinfer.sim.steplog import StepLog
 
@@ -38,10 +39,18 @@ class SimEngine:
     `next_s` is when something happens next unless a message comes first, infinity for never.
     `needs_plan` says that it stands between two steps: nothing goes on until `plan` is called.
     `reads` are the copies that have begun, as leases and when each copy ends: whoever drives the
-    engine takes them out and tells the leases' owners.
+    engine takes them out and tells the leases' owners. With `parks` a preempted job waits, without
+    blocks or a seat, for `resume`; else it computes its blocks again by itself.
     """
 
-    def __init__(self, spec: EngineSpec, worker_id: str = "e", place: int = 0, seed: int = 0):
+    def __init__(
+        self,
+        spec: EngineSpec,
+        worker_id: str = "e",
+        place: int = 0,
+        seed: int = 0,
+        parks: bool = False,
+    ) -> None:
         self.spec = spec
         self.worker_id = worker_id
         self.place = place
@@ -54,7 +63,6 @@ class SimEngine:
         self.log = StepLog()
         self.num_steps = 0
         self.num_prefill_tokens = 0
-        self.num_preemptions = 0
         self.busy_s = 0.0
         self.budget_tokens: int | None = None
         # Tokens that jobs outside the batch still cost: prompts without a first token, and answers.
@@ -71,7 +79,7 @@ class SimEngine:
         self._taken_blocks = 0
         self._outputs: list[Output] = []
         self.reads: list[tuple[LeaseKey, float]] = []
-        self._preempted: list[str] = []
+        self._preempted = Preempted(parks)
         self._pace = Pace(spec, f"tinfer sim noise {seed} {worker_id}")
 
     # --- messages -----------------------------------------------------------------------------
@@ -85,6 +93,11 @@ class SimEngine:
     def abort(self, at_s: float, request_id: str) -> None:
         """Stop a job; what has just ended, or never came, is ignored."""
         self._post(at_s, self._receive_abort, request_id)
+
+    def resume(self, at_s: float, request_id: str, lease: LeaseKey | None) -> None:
+        """Let a preempted job go on: by a copy of the blocks under that lease, or (None) by
+        computing them again. Where it does not wait for this any more, the lease counts as read."""
+        self._post(at_s, self._receive_resume, (request_id, lease))
 
     def end_lease(self, at_s: float, lease: LeaseKey) -> None:
         """The reader has stopped, or none will come; the second word on a lease is ignored."""
@@ -167,10 +180,24 @@ class SimEngine:
         """Whether no job and no lease is here."""
         return not self._jobs and not self._leases
 
+    def parked(self, request_id: str) -> Job | None:
+        """The job of that id, if it lost its blocks and waits for `resume`."""
+        return self._preempted.waiting.get(request_id)
+
     @property
-    def has_progress(self) -> bool:
-        """Whether `take_progress` has anything to tell."""
-        return any(job.computed > job.reported for job in self.queues.prefilling)
+    def num_preemptions(self) -> int:
+        return self._preempted.num
+
+    @property
+    def has_preempted(self) -> bool:
+        """Whether `take_preempted` has anything to tell."""
+        return self._preempted.has_news
+
+    @property
+    def has_news(self) -> bool:
+        """Whether that has, or `take_progress`."""
+        progress = (job.computed > job.reported for job in self.queues.prefilling)
+        return self._preempted.has_news or any(progress)
 
     def take_progress(self) -> tuple[tuple[str, int], ...]:
         """Unfinished prompts of which a chunk was computed since the last call, and how far."""
@@ -182,9 +209,8 @@ class SimEngine:
         return tuple(progress)
 
     def take_preempted(self) -> tuple[str, ...]:
-        """Requests that lost their blocks since the last call."""
-        preempted, self._preempted = tuple(self._preempted), []
-        return preempted
+        """Requests that lost their blocks in the steps since the last call."""
+        return self._preempted.take()
 
     def _reach(self, at_s: float) -> None:
         self.now_s = at_s
@@ -192,6 +218,7 @@ class SimEngine:
         if self._stretch is not None:
             stretch, self._stretch = self._stretch, None
             self._step_done(stretch)
+        self._preempted.step_over()
         self._receive()
 
     def _receive(self) -> None:
@@ -219,11 +246,21 @@ class SimEngine:
         if job in self.queues.pulling:
             job.is_aborted = True  # what is being copied cannot be freed yet
             return
-        if job.lease is not None and not job.was_admitted:
+        if job.lease is not None:
             self.reads.append((job.lease, self.now_s))
+        self._preempted.waiting.pop(request_id, None)
         self._running.pop(job, None)
         self.queues.remove(job)
         self._free(job)
+
+    def _receive_resume(self, about: tuple[str, LeaseKey | None]) -> None:
+        request_id, lease = about
+        job = self._preempted.waiting.pop(request_id, None)
+        if job is not None:
+            job.lease = lease
+            self.queues.add_first(job)
+        elif lease is not None:
+            self.reads.append((lease, self.now_s))
 
     def _receive_end_of_lease(self, lease: LeaseKey) -> None:
         job = self._leases.pop(lease, None)
@@ -240,7 +277,7 @@ class SimEngine:
         if job.is_aborted:  # nothing of what was copied is findable
             num_blocks = self.pool.blocks_for(job.computed)
             return self.pool.release(job, num_blocks, job.num_registered * self.spec.block_tokens)
-        # The last token is computed again: its step samples the first token.
+        # The last token is computed again: its step samples the next one.
         num_blocks = self.pool.blocks_for(job.computed)
         job.computed -= 1
         num_kept = self.pool.blocks_for(job.computed)
@@ -255,6 +292,8 @@ class SimEngine:
         self._stretch = self._schedule()
         if self._stretch is not None:
             self._cut(self._stretch)
+        elif self._preempted.must_be_heard:
+            self.next_s = self.now_s
         else:
             self.next_s = self._inbox[0][0] if self._inbox else math.inf
 
@@ -302,6 +341,9 @@ class SimEngine:
     def _join_ready(self) -> None:
         for job in self.queues.ready:
             self._enter(job)
+            if not job.has_begun:  # the last token of its prompt is a chunk of its own
+                self.queues.prefilling.append(job)
+                continue
             self._owed_tokens -= self._owed(job)
             self.batch.join(job)
         self.queues.ready.clear()
@@ -341,10 +383,9 @@ class SimEngine:
         del self._running[job]
         self._free(job)
         job.reported = 0
-        job.ticket.num_preemptions += 1
-        self.num_preemptions += 1
-        self._preempted.append(job.id)
-        self.queues.add_first(job)
+        self._preempted.add(job)
+        if not self._preempted.parks:
+            self.queues.add_first(job)
 
     def _enter_prompts(self, chunks: list[tuple[Job, int]]) -> None:
         """Run those of a step's prompts that were let in with it."""
@@ -362,10 +403,11 @@ class SimEngine:
         self._running[job] = None
 
     def _begin_pull(self, job: Job, missing_tokens: int) -> None:
-        assert job.lease is not None, f"{job.id}: a decode without a lease"
+        assert job.lease is not None, f"{job.id}: a pull without a lease"
         job.was_admitted = True
         until_s = self.now_s + self.spec.costs.handoff_total_s(missing_tokens)
         self.reads.append((job.lease, until_s))
+        job.lease = None
         self._post(until_s, self._receive_end_of_pull, job)
 
     # --- what comes of it ---------------------------------------------------------------------

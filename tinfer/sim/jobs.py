@@ -19,6 +19,7 @@ class Ticket:
 
     `pieces` say when its tokens came, on the engines' clock; a message later the client has them.
     `started_s` is when it was first sent to an engine, the other times are of what came of it.
+    What is computed again for another engine has a ticket of its own, over from the start.
     """
 
     place: int
@@ -50,15 +51,16 @@ class Kind(enum.Enum):
 class Job:
     """One request on one engine; only that engine writes it once it was started.
 
-    `computed` are the tokens whose KV is here, `generated` the ones sampled here. While the job
-    decodes both are kept by the batch. `refs` are the hashed blocks it shares; `lease` is, for a
-    decode, what it reads. `arrival` counts what came; `rank` orders what waits, and later what
-    runs; `entry` is the batch's.
+    `id` is the request's, but for a reprefill, which has one of its own. `computed` are the tokens
+    whose KV is here, `generated` the ones sampled here. While the job decodes both are kept by the
+    batch. `refs` are the hashed blocks it shares; `lease` is what it is still to read. `arrival`
+    counts what came; `rank` orders what waits, and later what runs; `entry` is the batch's.
     """
 
     ticket: Ticket
     kind: Kind
     lease: LeaseKey | None = None
+    id: str = ""
     computed: int = 0
     generated: int = 0
     refs: list[int] = field(default_factory=list)
@@ -77,9 +79,11 @@ class Job:
         request = self.ticket.request
         self.prompt_tokens = request.prompt_tokens
         self.output_tokens = 1 if self.kind is Kind.PREFILL else request.output_tokens
+        self.id = self.id or request.request_id
 
     @property
-    def id(self) -> str:
+    def request_id(self) -> str:
+        """Of the request whose tokens these are."""
         return self.ticket.request.request_id
 
     @property
@@ -91,6 +95,17 @@ class Job:
     def num_known(self) -> int:
         """How many of the tokens sampled here the client has from elsewhere."""
         return 1 if self.kind is Kind.DECODE else 0
+
+    @property
+    def num_emitted(self) -> int:
+        """Tokens of its answer that the client has, while it waits after a preemption."""
+        return max(self.num_known, self.generated)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether its next token is one like any other: the first one is told of, and a prefill
+        ends with it."""
+        return self.kind is Kind.DECODE or self.generated > 0
 
     @property
     def most_tokens(self) -> int:

@@ -59,6 +59,7 @@ SHOWN = (
     (PAPER_FORM, "perf/$ (paper's form)", ""),
     (RECIPROCAL_FORM, "perf/$ (reciprocal)", "1/s2"),
     ("num_preemptions", "preemptions", ""),
+    ("num_reprefills", "prefills after a preemption", ""),
     ("num_failed", "failed requests", ""),
 )
 _MS = 1000.0

@@ -13,6 +13,7 @@ Failed requests are in no latency; they lower throughput and goodput. What was n
 | `perf_per_dollar_reciprocal` | 1 / (mean E2EL in s x resource time in s) |
 | `perf_per_dollar_paper` | only as a ratio: (1 + relative cut of mean E2EL) / ratio of resource |
 | `num_failed`, `num_preemptions` | requests without a whole answer; times that blocks were lost |
+| `num_reprefills` | prompts computed again, with the answer so far, on another engine after that |
 
 *Resource time* is the paper's: the sum over devices of the time from the start of the run to the
 end of the last work there. On a tinfer worker that is the last prefill (its first token) or the
@@ -22,7 +23,7 @@ is the sum over devices of the time in which at least one request was on it.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -47,6 +48,7 @@ class RequestResult(Struct, frozen=True, kw_only=True):
 
     `workers` computed it in this order. `started_s` is when it was first sent to one, None where it
     never was; `handoff_s` from prefill done to installed. Times of tokens are None where none came.
+    `num_preemptions` has those of what was computed again for it, too.
     """
 
     request_id: str
@@ -86,7 +88,8 @@ class RequestResult(Struct, frozen=True, kw_only=True):
 
 
 class WorkerResult(Struct, frozen=True, kw_only=True):
-    """One engine over the run. `step_s` is time spent in steps; `work` when requests were on it."""
+    """One engine over the run. `step_s` is time spent in steps; `work` when requests were on it.
+    `num_reprefills` it computed for others, `num_preemptions` happened on it."""
 
     worker_id: str
     num_devices: int
@@ -94,6 +97,7 @@ class WorkerResult(Struct, frozen=True, kw_only=True):
     step_s: float
     num_prefill_tokens: int
     num_preemptions: int
+    num_reprefills: int
     work: tuple[Interval, ...]
 
 
@@ -169,6 +173,7 @@ def figures_of(
     figures[RECIPROCAL_FORM] = _per_s(_MS, figures["mean_e2el_ms"] * run.resource_s)
     figures["num_failed"] = len(run.requests) - len(whole)
     figures["num_preemptions"] = sum(one.num_preemptions for one in run.workers)
+    figures["num_reprefills"] = sum(one.num_reprefills for one in run.workers)
     return figures
 
 
@@ -190,14 +195,20 @@ def result_of(world: World) -> SimRun:
     """The results of a world that has run to its end."""
     step_ends_s = [engine.log.ends_s() for engine in world.engines]
     token_s = [_token_times_s(ticket, step_ends_s, world.message_s) for ticket in world.tickets]
+    lost = Counter({one.request.request_id: one.num_preemptions for one in world.tickets})
+    for one in world.reprefills:
+        lost[one.request.request_id] += one.num_preemptions
     results = tuple(
-        _result(one, times_s) for one, times_s in zip(world.tickets, token_s, strict=True)
+        _result(one, times_s, lost[one.request.request_id])
+        for one, times_s in zip(world.tickets, token_s, strict=True)
     )
     gaps_s = [
         np.diff(times_s) if one.ok else np.empty(0)
         for one, times_s in zip(results, token_s, strict=True)
     ]
-    work = _work_of(results)
+    reprefills = [one for one in world.reprefills if one.prefilled_s is not None]
+    work = _work_of(results, reprefills)
+    num_reprefills = Counter(one.workers[0] for one in reprefills)
     lasts_s = [one.last_token_s for one in results if one.last_token_s is not None]
     return SimRun(
         requests=results,
@@ -209,6 +220,7 @@ def result_of(world: World) -> SimRun:
                 step_s=engine.busy_s,
                 num_prefill_tokens=engine.num_prefill_tokens,
                 num_preemptions=engine.num_preemptions,
+                num_reprefills=num_reprefills[engine.worker_id],
                 work=tuple(work[engine.worker_id]),
             )
             for engine in world.engines
@@ -240,7 +252,7 @@ def _token_times_s(ticket: Ticket, step_ends_s: Sequence[Floats], message_s: flo
     return np.concatenate(rows) + message_s if rows else np.empty(0)
 
 
-def _result(ticket: Ticket, token_s: Floats) -> RequestResult:
+def _result(ticket: Ticket, token_s: Floats, num_preemptions: int) -> RequestResult:
     request = ticket.request
     handoff_s = None
     if ticket.pulled_s is not None and ticket.prefilled_s is not None:
@@ -258,15 +270,21 @@ def _result(ticket: Ticket, token_s: Floats) -> RequestResult:
         route=ticket.route,
         workers=tuple(ticket.workers),
         cached_tokens=ticket.cached_tokens,
-        num_preemptions=ticket.num_preemptions,
+        num_preemptions=num_preemptions,
         error=ticket.error,
     )
 
 
-def _work_of(results: Iterable[RequestResult]) -> defaultdict[str, list[Interval]]:
+def _work_of(
+    results: Iterable[RequestResult], reprefills: Iterable[Ticket]
+) -> defaultdict[str, list[Interval]]:
     """When each worker had work: a split prompt from its sending to its first token, its decode
-    from there on; a whole request from its sending to its last token."""
+    from there on; a whole request from its sending to its last token; what was computed again, from
+    its sending to its end."""
     work: defaultdict[str, list[Interval]] = defaultdict(list)
+    for again in reprefills:
+        assert again.started_s is not None and again.prefilled_s is not None
+        work[again.workers[0]].append((again.started_s, again.prefilled_s))
     for one in results:
         if one.first_token_s is None or one.last_token_s is None or one.started_s is None:
             continue

@@ -32,7 +32,8 @@ class Driver(Protocol):
     def arrived(self, ticket: Ticket, now_s: float) -> None: ...
 
     def heard(self, outputs: Sequence[Output], now_s: float) -> None:
-        """Engines have said this, in order; empty: some of them only got on with prompts."""
+        """Engines have said this, in order; empty: some of them only got on with prompts, or took
+        blocks away."""
         ...
 
     def left(self, ticket: Ticket, now_s: float) -> None:
@@ -43,7 +44,11 @@ class Driver(Protocol):
 
 
 class World:
-    """Engines and requests of one run; `tickets` are in the order of `requests`."""
+    """Engines and requests of one run; `tickets` are in the order of `requests`.
+
+    `reprefills` stand for prompts that are computed again with their answers so far, for another
+    engine: of them only `workers`, `started_s` and `prefilled_s` mean anything.
+    """
 
     def __init__(
         self,
@@ -59,6 +64,7 @@ class World:
         self.tickets = [Ticket(place, request) for place, request in enumerate(requests)]
         if len({request.request_id for request in requests}) < len(requests):
             raise ValueError("two requests have the same request_id")
+        self.reprefills: list[Ticket] = []
         self.message_s = message_s
         self.seen_s = -math.inf
         self.num_open = len(self.tickets)
@@ -127,7 +133,7 @@ class World:
         for engine in self.engines:
             if engine.next_s <= engine_s:
                 outputs += engine.advance(engine_s)
-                has_news = has_news or engine.has_progress
+                has_news = has_news or engine.has_news
         if outputs or has_news:
             driver.heard(outputs, now_s)
 

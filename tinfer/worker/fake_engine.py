@@ -65,7 +65,9 @@ class FakeEngine:
         self._pulls: Pulls[FakeRequest] = Pulls(
             self._kv, settings, self._pace, random.Random(f"pulls/{name}"), self._alarm
         )
-        self._scheduler = FakeScheduler(self._kv, settings.block_tokens, self._limits)
+        self._scheduler = FakeScheduler(
+            self._kv, settings.block_tokens, self._limits, spec.prefill_order
+        )
         self._requests: dict[str, FakeRequest] = {}
         self._notices: list[Notice] = []
         self._ended: list[LeaseId] = []
@@ -139,11 +141,28 @@ class FakeEngine:
         answer = Answer(
             self._model, start.prompt, start.sampling, start.first_token, start.kind == "prefill"
         )
-        request = FakeRequest(start, answer, self._settings.block_tokens)
-        if start.source is not None and request.source is None:
-            self._pulls.mark_unused(start.source)
+        request = FakeRequest(start, answer)
+        self._offer(request, start.source)
         self._requests[start.request_id] = request
         self._scheduler.add(request)
+
+    def resume(self, request_id: str, source: Source | None) -> None:
+        request = self._scheduler.parked.get(request_id)
+        if request is not None:
+            self._offer(request, source)
+            self._scheduler.resume(request)
+        elif source is not None:
+            self._pulls.mark_unused(source)
+
+    def _offer(self, request: FakeRequest, source: Source | None) -> None:
+        """Have the request pull from a source; one with nothing for it is over and failed."""
+        if request.offer(source, self._settings.block_tokens) or source is None:
+            return
+        self._pulls.mark_unused(source)
+        self._num_pulls += 1
+        self._num_failed_pulls += 1
+        reason = "the source has no whole block of the request"
+        self._notices.append(PullDone(request.start.request_id, False, reason, 0, 0.0, 0.0))
 
     def _check(self, start: Start) -> None:
         if start.request_id in self._requests:
@@ -319,11 +338,11 @@ class FakeEngine:
 
     def _count_prompt(self, request: FakeRequest, end: int) -> None:
         """Count what is computed of a prompt or after a preemption, and of this what a pull should
-        have spared: all that was pulled, but for the prompt's last token, to be sampled from."""
-        start, prompt_tokens = request.num_computed, request.prompt_tokens
+        have spared: all that was pulled, but for the last token, to be sampled from."""
+        start = request.num_computed
         if not (request.answer.num_tokens and request.needs_one_token):
             self._num_prompt_tokens += end - start
-        spared = min(request.num_pulled, prompt_tokens - 1)
+        spared = min(request.num_pulled, request.num_tokens - 1)
         self._num_recomputed += max(0, min(end, spared) - start)
 
     def _pull_ended(self, result: PullResult[FakeRequest]) -> None:
@@ -338,7 +357,7 @@ class FakeEngine:
             # A real engine would go on with these bytes, so this one does, and it shows.
             request.answer.spoil()
         is_loaded = not failure or result.is_wrong
-        num_computed = min(request.num_pulled, request.prompt_tokens - 1) if is_loaded else 0
+        num_computed = min(request.num_pulled, request.num_tokens - 1) if is_loaded else 0
         self._scheduler.pull_ended(request, num_computed)
         self._notices.append(
             PullDone(

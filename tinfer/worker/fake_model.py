@@ -68,17 +68,17 @@ class FakeModel:
 class Context:
     """The tokens so far, as one digest per block and a running 64-bit state."""
 
-    __slots__ = ("_block_bytes", "_digest", "_tail", "digests", "salt", "state")
+    __slots__ = ("_block_bytes", "_digest", "_tail", "_whole", "salt", "state")
 
     def __init__(self, model: FakeModel, prompt: bytes, seed: int | None) -> None:
         size = self._block_bytes = model.block_tokens * TOKEN_BYTES
-        digest = model.root
-        self.digests: list[bytes] = []
-        for start in range(0, len(prompt), size):
-            digest = _chain(digest, prompt[start : start + size])
-            self.digests.append(digest)
-        num_full = len(prompt) // size
-        self._digest = self.digests[num_full - 1] if num_full else model.root
+        self._digest = model.root
+        # Of the blocks that are full, and the tokens of the one that is not.
+        self._whole: list[bytes] = []
+        for end in range(size, len(prompt) + 1, size):
+            self._digest = _chain(self._digest, prompt[end - size : end])
+            self._whole.append(self._digest)
+        num_full = len(self._whole)
         self._tail = bytearray()
         self.salt = _mix((seed or 0) & _MASK)
         self.state = int.from_bytes(self._digest[:8], "little")
@@ -91,8 +91,14 @@ class Context:
             self.state = ((self.state ^ token) * _MULTIPLIER_1 + token + 1) & _MASK
             return
         self._digest = _chain(self._digest, bytes(self._tail))
+        self._whole.append(self._digest)
         self._tail.clear()
         self.state = int.from_bytes(self._digest[:8], "little")
+
+    def digests(self) -> list[bytes]:
+        """One per block, the last one of as many tokens as there are."""
+        last = [_chain(self._digest, bytes(self._tail))] if self._tail else []
+        return self._whole + last
 
     def noise(self) -> int:
         """64 bits that decide the next token."""
@@ -159,9 +165,10 @@ class Answer:
 
     @property
     def digests(self) -> list[bytes]:
-        """What the KV block of each `block_tokens` prompt tokens holds: a digest of all tokens up
-        to the block's end, or the prompt's."""
-        return self._context.digests
+        """What the KV block of each `block_tokens` tokens of prompt and answer holds: a digest of
+        all tokens up to its end, or to the last one so far. Which of them came as prompt makes no
+        difference."""
+        return self._context.digests()
 
     def spoil(self) -> None:
         """Go on as a model would whose KV is another prompt's: with other tokens."""

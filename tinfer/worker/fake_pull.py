@@ -2,7 +2,8 @@
 
 A pull copies half of its blocks when it starts and half when its modelled time is over, and checks
 the lease before and after, so that what may go wrong within a copy can go wrong here too. It then
-compares every block with what the prompt says. It marks its lease done once, however it ended.
+compares every block with what the request's tokens say. It marks its lease done once, however it
+ended.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class _Pull(Generic[Owner]):
 @dataclass
 class PullResult(Generic[Owner]):
     """How a pull ended. `is_wrong`: the lease was valid throughout, and yet the bytes were not the
-    prompt's, which a real engine would not have noticed."""
+    request's, which a real engine would not have noticed."""
 
     owner: Owner
     failure: str
@@ -264,7 +265,7 @@ class Pulls(Generic[Owner]):
         held = [self._kv.read(block) for _, block in pull.pairs]
         if held != pull.digests:
             pull.is_wrong = True
-            raise PullFailed("the blocks under a valid lease are not the prompt's")
+            raise PullFailed("the blocks under a valid lease are not the request's")
 
     def _copy(self, peer: FakePeer, pairs: list[tuple[int, int]]) -> None:
         for theirs, ours in pairs:

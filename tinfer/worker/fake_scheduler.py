@@ -1,15 +1,17 @@
 """The fake engine's scheduler: vLLM's in small.
 
-First come, first served; a token budget per step, and within it one for prompts; prompts in chunks;
-blocks as they are needed, and the running request with the least progress preempted (its tokens are
-recomputed later) when there are none. A decode with a source gets all blocks of its prompt at once
-and stands aside until they are filled. Its rules are those of `engine_scheduler`.
+First come, first served, or of the prompts the one with the fewest tokens left; a token budget per
+step, and within it one for prompts; prompts in chunks; blocks as they are needed, and the running
+request with the least progress preempted when there are none: it waits until it is told how to go
+on. A request with a source gets all blocks for it at once and stands aside until they are filled.
+Its rules are those of `engine_scheduler`.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Literal
 
 from tinfer.wire.messages import Source, Start
 from tinfer.worker.adapter import Report
@@ -37,21 +39,31 @@ class FakeRequest:
         "text_len",
     )
 
-    def __init__(self, start: Start, answer: Answer, block_tokens: int) -> None:
+    def __init__(self, start: Start, answer: Answer) -> None:
         self.start = start
         self.answer = answer
         self.number = 0  # in order of arrival
         self.prompt_tokens = len(start.prompt) // TOKEN_BYTES
         self.num_tokens = self.prompt_tokens  # prompt and answer
         self.num_computed = 0  # of these, how many have their KV here
-        self.num_pulled = 0  # of the prompt, how many the source has or had
-        if start.source is not None:
-            self.num_pulled = _num_pullable(start.source, self.prompt_tokens, block_tokens)
-        self.source = start.source if self.num_pulled else None
+        self.num_pulled = 0  # of these, how many the source has or had
+        self.source: Source | None = None
         self.blocks: list[int] = []
         self.text_len = 0
         self.is_pulling = False
         self.is_aborted = False
+
+    def offer(self, source: Source | None, block_tokens: int) -> bool:
+        """Whether it will pull from this source: if that has anything worth a copy, which is all
+        tokens, or, where it is of another length, those in whole blocks, since a block's digest
+        covers all tokens in it."""
+        self.num_pulled = 0
+        if source is not None:
+            self.num_pulled = min(source.num_tokens, self.num_tokens)
+            if source.num_tokens != self.num_tokens:
+                self.num_pulled -= self.num_pulled % block_tokens
+        self.source = source if self.num_pulled else None
+        return self.source is not None
 
     @property
     def num_left(self) -> int:
@@ -60,18 +72,20 @@ class FakeRequest:
 
     @property
     def needs_one_token(self) -> bool:
-        """Whether it decodes, or has been pulled but for the last token of its prompt."""
+        """Whether it decodes, or has been pulled but for its last token."""
         return self.num_left == 1 and (self.answer.num_tokens > 0 or self.num_pulled > 0)
 
 
 class Scheduled(list[tuple[FakeRequest, int]]):
     """The requests of one step, each with how many tokens it computes.
 
-    `num_prompt_tokens` are those under the prefill budget, `prompt_tokens_left` what it has left.
+    `num_prompt_tokens` are those under the prefill budget, `prompt_tokens_left` what it has left;
+    `grants` are at most what each prompt gets of it, None where the first one takes what it can.
     """
 
     def __init__(self, tokens: int, prompt_tokens: int) -> None:
         super().__init__()
+        self.grants: dict[FakeRequest, int] | None = None
         self.tokens_left = tokens
         self.prompt_tokens_left = prompt_tokens
         self.num_prompt_tokens = 0
@@ -81,7 +95,8 @@ class Scheduled(list[tuple[FakeRequest, int]]):
         """How many tokens a request can still get."""
         if request.needs_one_token:
             return min(1, self.tokens_left)
-        return min(request.num_left, self.tokens_left, self.prompt_tokens_left)
+        num_tokens = min(request.num_left, self.tokens_left, self.prompt_tokens_left)
+        return num_tokens if self.grants is None else min(num_tokens, self.grants.get(request, 0))
 
     def put(self, request: FakeRequest, num_tokens: int) -> None:
         self.append((request, num_tokens))
@@ -94,12 +109,22 @@ class Scheduled(list[tuple[FakeRequest, int]]):
 
 
 class FakeScheduler:
-    """Every request here is in exactly one of `running`, `ready` and `waiting`, or pulling."""
+    """Every request here is in exactly one of `running`, `ready`, `waiting` and `parked`, or
+    pulling; `parked`, by id, has those that were preempted and wait for `resume`."""
 
-    def __init__(self, kv: FakeKV, block_tokens: int, limits: FakeLimits) -> None:
+    def __init__(
+        self,
+        kv: FakeKV,
+        block_tokens: int,
+        limits: FakeLimits,
+        prefill_order: Literal["fcfs", "srpt"] = "fcfs",
+    ) -> None:
         self._kv = kv
         self._block_tokens = block_tokens
         self._limits = limits
+        self._shortest_first = prefill_order == "srpt"
+        self._turned_away: set[FakeRequest] = set()
+        self.parked: dict[str, FakeRequest] = {}
         self.running: list[FakeRequest] = []
         self.waiting: deque[FakeRequest] = deque()
         # Pulled, and not run yet. They own the blocks of their prompt, so they go first: nobody
@@ -115,16 +140,22 @@ class FakeScheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self.waiting) + len(self.ready) + self.num_pulling
+        return len(self.waiting) + len(self.ready) + self.num_pulling + len(self.parked)
 
     def has_requests(self) -> bool:
-        return bool(self.running or self.num_waiting)
+        """Whether a step could do anything: it cannot for those that are parked."""
+        return bool(self.running or self.num_waiting > len(self.parked))
 
     def add(self, request: FakeRequest) -> None:
         """A request that has just come."""
         self._num_added += 1
         request.number = self._num_added
         self.waiting.append(request)
+
+    def resume(self, request: FakeRequest) -> None:
+        """A parked request goes on, before all that wait: by a pull if it has a source."""
+        del self.parked[request.start.request_id]
+        self.waiting.appendleft(request)
 
     def take_report(self) -> Report:
         """What happened since the last call that no output tells."""
@@ -137,12 +168,17 @@ class FakeScheduler:
         # The last one is the victim: the least of the answer, then the youngest.
         self.running.sort(key=lambda request: (-request.answer.num_tokens, request.number))
         step = Scheduled(self._limits.max_num_batched_tokens, self._prefill_room_tokens())
+        if self._shortest_first:
+            step.grants = self._granted(step.prompt_tokens_left)
         num_before = self.num_preemptions
         self._schedule_running(step)
-        if self.num_preemptions != num_before:
-            return step, []
-        self._admit(self.ready, step)
-        return step, self._admit(self.waiting, step)
+        pulls: list[tuple[FakeRequest, Source]] = []
+        if self.num_preemptions == num_before:
+            self._admit(self.ready, step)
+            pulls = self._admit(self.waiting, step)
+        if step.grants is not None:
+            self._turned_away = {one for one in self.waiting if step.grants.get(one)}
+        return step, pulls
 
     def computed(self, request: FakeRequest, end: int) -> None:
         """A step has computed the tokens of a request up to `end`."""
@@ -158,6 +194,18 @@ class FakeScheduler:
         starting = any(request.source is not None for request in self.waiting)
         room = max(0, self._limits.max_num_batched_tokens - owed - starting)
         return room if self.prefill_budget is None else min(room, self.prefill_budget)
+
+    def _granted(self, left_tokens: int) -> dict[FakeRequest, int]:
+        """The step's prompt tokens by request, the one with the fewest left first; but who was
+        granted some in the last step and still waits lacks blocks or a seat, and comes last."""
+        waiting = [one for one in (*self.ready, *self.waiting) if one.source is None]
+        prompts = [one for one in (*self.running, *waiting) if not one.needs_one_token]
+        prompts.sort(key=lambda one: (one in self._turned_away, one.num_left, one.number))
+        grants = {}
+        for request in prompts:
+            grants[request] = min(left_tokens, request.num_left)
+            left_tokens -= grants[request]
+        return grants
 
     def _schedule_running(self, step: Scheduled) -> None:
         index = 0
@@ -199,7 +247,7 @@ class FakeScheduler:
         return pulls
 
     def pull_ended(self, request: FakeRequest, num_computed: int) -> None:
-        """A pull is over, and the KV of `num_computed` prompt tokens is here."""
+        """A pull is over, and the KV of the first `num_computed` tokens is here."""
         request.is_pulling = False
         if request.is_aborted:
             self._give_up_blocks(request)
@@ -214,6 +262,7 @@ class FakeScheduler:
             request.is_aborted = True
             self.num_pulling -= 1
             return
+        self.parked.pop(request.start.request_id, None)
         for queue in (self.running, self.ready, self.waiting):
             if request in queue:
                 queue.remove(request)
@@ -258,16 +307,8 @@ class FakeScheduler:
         request.num_computed = 0
         self.num_preemptions += 1
         self._preempted.append(request.start.request_id)
-        self.waiting.appendleft(request)
+        self.parked[request.start.request_id] = request
 
     def _give_up_blocks(self, request: FakeRequest) -> None:
         self._kv.free(request.blocks)
         request.blocks = []
-
-
-def _num_pullable(source: Source, prompt_tokens: int, block_tokens: int) -> int:
-    """How many of the prompt's tokens are worth a pull: all, or, where the source is of another
-    length, those in whole blocks, since a block's digest covers all tokens in it."""
-    if source.num_tokens == prompt_tokens:
-        return prompt_tokens
-    return min(source.num_tokens, prompt_tokens) // block_tokens * block_tokens
