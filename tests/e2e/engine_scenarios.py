@@ -132,7 +132,7 @@ def elsewhere(model_dir: str) -> Record:
             name = engine.parked[0]
             tokens = prompts[name] + engine.record.answers.get(name, [])
             engine.resume(engine.prefill(f"{name}~again", tokens))
-            engine.until(lambda name=name: name in engine.record.finished or name in engine.parked)
+            engine.until(partial(engine.is_done_with, name))
     return engine.done()
 
 

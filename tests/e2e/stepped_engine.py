@@ -203,6 +203,10 @@ class Stepped:
         """Whether anything is here that goes on by itself."""
         return len(self.engine._running) > len(self.parked)
 
+    def is_done_with(self, name: str) -> bool:
+        """Whether that request has its answer, or was preempted (once more)."""
+        return name in self.record.finished or name in self.parked
+
     def drain(self) -> None:
         self.until(lambda: not self.engine.has_requests())
 

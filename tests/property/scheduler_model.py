@@ -72,7 +72,8 @@ class Process:
     prefills: dict[str, bool] = field(default_factory=dict)  # request id -> whole
     pulls: dict[str, Pull] = field(default_factory=dict)
     decodes: dict[str, None] = field(default_factory=dict)
-    parked: dict[str, None] = field(default_factory=dict)  # lost their blocks, wait for a word
+    # Lost their blocks and wait for a word; prompts as in `prefills`, None what decodes.
+    parked: dict[str, bool | None] = field(default_factory=dict)
     num_leases: int = 0
     num_steps: int = 0
 
@@ -132,8 +133,9 @@ class Process:
         if choice < 2:
             return
         if rid in self.decodes:
-            del self.decodes[rid]
-            self.parked[rid] = None
+            self.parked[rid] = self.decodes.pop(rid)
+        else:
+            self.parked[rid] = self.prefills.pop(rid)
         self.report(1, (), rid)
 
     def _resume(self, rid: str, key: LeaseKey | None) -> None:
@@ -141,8 +143,11 @@ class Process:
             if key is not None and key in self.rows:
                 self.rows[key].is_done = True
             return
-        del self.parked[rid]
-        if key is None:
+        whole = self.parked.pop(rid)
+        if whole is not None:
+            assert key is None
+            self.prefills[rid] = whole
+        elif key is None:
             self.decodes[rid] = None
         else:
             self.pulls[rid] = Pull(self.rows.get(key) or Row(key), is_first=False)

@@ -23,7 +23,7 @@ from tinfer.core.events import (
     WorkerDown,
     WorkerFinished,
 )
-from tinfer.core.types import Capacity, LeaseKey
+from tinfer.core.types import Capacity, LeaseKey, Phase
 
 AGAIN = "r~0"
 KEY = LeaseKey("p", 0, 7, 7)
@@ -124,3 +124,17 @@ def test_auto_stays_where_the_other_worker_is_busy() -> None:
     box = decoding("auto", costs=CostModel(handoff_token_s=0.0))
     box.arrive("long", prompt=1400)
     assert lost(box) == [HERE]
+
+
+def test_a_request_without_blocks_keeps_nobody_out() -> None:
+    """Who waits for room here may hold the blocks that its prefill needs elsewhere."""
+    small = Capacity(num_blocks=30, block_tokens=16, max_num_seqs=4, chunk_tokens=512)
+    box = Box("p d", small, preemption="elsewhere", decode_admission="peak")
+    box.arrive(prompt=320, out=64)
+    box.prefilled()
+    box.on(Pulled("r", "d", 0, ok=True), LeaseEnded(LeaseKey("p", 0, 0, 0)))
+    box.arrive("s", prompt=320, out=64)
+    assert box.prefilled("s", slot=1) == []
+    assert StartReprefill(AGAIN, "r", "p", 0) in lost(box)
+    assert box.worker("d").num_used_blocks == 21  # those of the other alone
+    assert box.phase("s") is Phase.HANDOFF and box.scheduler.ledger_snapshot().pulls == 1

@@ -46,6 +46,7 @@ class Preemptions:
         self._num_reprefills += 1
         worker.num_reprefilled += 1
         request.reprefill = again
+        worker.park(request)
         self._requests.add_zombie(again)
         source.place(again, prefill_tokens=source.uncached_tokens(again))
         source.prefixes.use(again.block_hashes)
@@ -54,8 +55,8 @@ class Preemptions:
     def prefilled(self, again: Request, event: ev.Prefilled, source: Worker) -> list[ev.Action]:
         """The blocks are there, held under a lease."""
         request = self._done(again, source)
-        reader = None if request is None else request.at
-        if request is None or reader is None:
+        reader = request and request.at
+        if not request or not reader:
             return self._release(self._ledger.open(event.lease, source, event.num_blocks, None))
         lease = self._ledger.open(event.lease, source, event.num_blocks, request.id)
         self._ledger.start_read(lease, reader)
@@ -66,9 +67,7 @@ class Preemptions:
     def failed(self, again: Request, source: Worker) -> list[ev.Action]:
         """That worker computes it no longer and has no blocks to show."""
         request = self._done(again, source)
-        if request is None or request.at is None:
-            return []
-        return [_go_on(request, request.at)]
+        return [_go_on(request, request.at)] if request and request.at else []
 
     def over(self, request: Request) -> list[ev.Action]:
         """Nobody waits for the request any more, so nobody does for its prefill."""
@@ -101,6 +100,8 @@ class Preemptions:
         if request is None or request.reprefill is not again:
             return None
         request.reprefill = None
+        assert request.at is not None, f"{request.id} is parked nowhere"
+        request.at.unpark(request)
         return request
 
     def _release(self, lease: Lease) -> list[ev.Action]:

@@ -166,17 +166,43 @@ class Worker:
     def decodes(self, request: Request) -> None:
         """It has its first token, and one more with every step from now on."""
         if request.first_step is None:
-            request.first_step = self.num_steps
-            self.num_decoding += 1
-            self._kv_at_step_0 += request.prompt_tokens + 1 - self.num_steps
-            self.sum_inverse_lengths += 1.0 / request.expected_tokens
-            self._time_step()
             self.outlook.remove(request.id)
-            self.outlook.add(request.id, *self.newcomer(request))
+            self._counts_as_decoding(request, self.num_steps)
             self._comes(request, -1)
+
+    def _counts_as_decoding(self, request: Request, first_step: int) -> None:
+        request.first_step = first_step
+        self.num_decoding += 1
+        self._kv_at_step_0 += request.prompt_tokens + 1 - first_step
+        self.sum_inverse_lengths += 1.0 / request.expected_tokens
+        self._time_step()
+        self.outlook.add(request.id, *self._resident(request))
 
     def remove(self, request: Request) -> None:
         """The request no longer computes here."""
+        if request.parked_tokens is None:
+            self._uncount(request)
+        request.parked_tokens = None
+        del self.requests[request.id]
+        request.at = None
+
+    def park(self, request: Request) -> None:
+        """It has lost its blocks and waits here for others: it takes a seat and no memory. Counted
+        on, it could keep out those whose blocks stand in the way of the ones that it waits for."""
+        request.parked_tokens = self.generated_tokens(request)
+        self._uncount(request)
+
+    def unpark(self, request: Request) -> None:
+        """It goes on with the tokens that it had."""
+        tokens, request.parked_tokens = request.parked_tokens, None
+        assert tokens is not None, f"{request.id} is not parked"
+        request.num_blocks = self.blocks_for(request)
+        self.num_placed_blocks += request.num_blocks
+        self.most_kv_tokens += self._most_kv_of(request)
+        request.stays = True
+        self._counts_as_decoding(request, self.num_steps - (tokens - 1))
+
+    def _uncount(self, request: Request) -> None:
         if request.first_step is None and request.stays:
             self._comes(request, -1)
         self.prefill_done(request)
@@ -191,8 +217,6 @@ class Worker:
         if not self.num_decoding:  # what rounding left
             self.sum_inverse_lengths = 0.0
         self.num_placed_blocks -= request.num_blocks
-        del self.requests[request.id]
-        request.at = None
         request.num_blocks = 0
 
     def stepped(self, event: Stepped, now_s: float) -> None:
@@ -290,6 +314,7 @@ class Worker:
         return sum(
             -(-(one.prompt_tokens + self.generated_tokens(one) + 1) // block_tokens)
             for one in self.requests.values()
+            if one.parked_tokens is None
         )
 
     @property
@@ -306,6 +331,14 @@ class Worker:
         equally likely numbers of steps that it would stay."""
         tokens = request.prompt_tokens + 1 + self.capacity.block_tokens // 2
         return tokens, request.likely_tokens
+
+    def _resident(self, request: Request) -> tuple[int, Sequence[float]]:
+        """The same of one that decodes here."""
+        generated = self.generated_tokens(request)
+        tokens, likely = self.newcomer(request)
+        if generated <= 1:
+            return tokens, likely
+        return tokens + generated - 1, request.lengths.remaining(generated)
 
     def peak_with(self, request: Request) -> Peak:
         """The highest KV use to come here with that request.

@@ -43,12 +43,15 @@ class ReserveDynamic:
         shortest, first_ends = None, float("inf")
         used_tokens = 0
         for one in worker.requests.values():
+            if one.parked_tokens is not None:
+                continue
             generated = worker.generated_tokens(one)
             left = max(1, one.lengths.low - generated)
             used_tokens += one.prompt_tokens + generated
             if left < first_ends:
                 first_ends, shortest = left, one.prompt_tokens + generated
-        assert shortest is not None
+        if shortest is None:
+            return True
         grown_tokens = int(first_ends) * (worker.num_seqs - 1)
         then_tokens = used_tokens - shortest + grown_tokens
         mine_tokens = request.prompt_tokens + min(int(first_ends), request.lengths.low)
