@@ -119,7 +119,7 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     overflow_risk: Annotated[
         float,
         Meta(gt=0, le=0.5, description="Chance of running out of KV that peak admission takes."),
-    ] = 0.05
+    ] = 0.3
     predictor: Annotated[
         Literal["prior", "max-tokens", "oracle", "noisy-oracle"],
         Meta(

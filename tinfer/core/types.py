@@ -90,7 +90,7 @@ class SchedulerConfig(Struct, frozen=True, kw_only=True):
     prefill_budget: str = "slack"
     itl_slack: Annotated[float, Meta(gt=0)] = 4.0
     flip: str = "off"
-    overflow_z: Annotated[float, Meta(ge=0)] = 1.64
+    overflow_z: Annotated[float, Meta(ge=0)] = 0.52
     max_num_queued_reqs: Annotated[int, Meta(ge=1)] = 1024
     costs: CostModel = CostModel()
     seed: int = 0

@@ -141,6 +141,7 @@ def paper_scheduler(seed: int, **changed: object) -> SchedulerConfig:
         decode_choice="power-of-two",
         decode_admission="reserve-dynamic",
         dispatch="first-chunk",
+        preemption="here",
         prefill_budget="whole-chunks",
         costs=presets.PAPER_ENGINE.costs,
         seed=seed,
