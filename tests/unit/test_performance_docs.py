@@ -15,7 +15,7 @@ DOCUMENT = ROOT / "docs" / "performance.md"
 
 def test_the_tables_are_those_of_the_results() -> None:
     document = DOCUMENT.read_text()
-    assert document.count("<!-- table ") >= 7
+    assert "<!-- table " in document
     assert written(document, ROOT / "benchmarks" / "results") == document
 
 
