@@ -41,10 +41,9 @@ FULL_SHARE = 0.85
 
 
 class Way(NamedTuple):
-    """One way to compute a request; of two that cost the same, the one with less moving."""
+    """One way to compute a request."""
 
     cost: float
-    num_moves: int
     placement: Placement
 
 
@@ -60,6 +59,8 @@ class AutoPlacer:
     def place(
         self, request: Request, fleet: Fleet, ahead_tokens: int, now_s: float
     ) -> Placement | None:
+        if not any(worker.takes(request) for worker in fleet.workers):
+            return None
         idle = alone(request, fleet.workers[0])
         ahead_tokens //= max(1, fleet.num_taking)
         starts = {
@@ -68,11 +69,15 @@ class AutoPlacer:
         if request.max_output_tokens == 1:
             worker = min(fleet.workers, key=lambda one: (starts[one.id], one.id))
             return Placement(Route.WHOLE, worker) if worker.takes(request) else None
-        shares = self._prefill_shares(fleet, now_s)
-        decodes = {one.id: decode_cost(request, one, shares[one.id], idle) for one in fleet.workers}
-        whole = self._best_whole(request, fleet, starts, decodes, now_s)
-        split = self._best_split(request, fleet, starts, decodes, idle)
-        best = min((one for one in (whole, split) if one is not None), default=None)
+        takers_share, others_share = self._prefill_shares(fleet, now_s)
+        decodes = {
+            one.id: decode_cost(
+                request, one, takers_share if one.role is Role.PREFILL else others_share, idle
+            )
+            for one in fleet.workers
+        }
+        best = self._best_whole(request, fleet, starts, decodes, now_s)
+        best = self._best_split(request, fleet, starts, decodes, idle, best)
         if best is None or not best.placement.worker.takes(request):
             return None
         return best.placement
@@ -95,7 +100,7 @@ class AutoPlacer:
                 continue
             cost = least + TPOT_WEIGHT * crowding(request, worker)
             if best is None or cost < best.cost:
-                best = Way(cost, 0, Placement(Route.WHOLE, worker))
+                best = Way(cost, Placement(Route.WHOLE, worker))
         return best
 
     def _best_split(
@@ -105,41 +110,44 @@ class AutoPlacer:
         starts: Mapping[str, float],
         decodes: Mapping[str, float],
         idle: Alone,
+        best: Way | None,
     ) -> Way | None:
-        """On two: what the first costs does not depend on the second, but for who may read it."""
-        best: Way | None = None
-        for role in {source.role for source in fleet.split_sources}:
+        """On two, or `best` where that costs no more and so moves nothing for nothing.
+
+        What the first worker costs does not depend on the second, but for who may read it.
+        """
+        for role in dict.fromkeys(source.role for source in fleet.split_sources):
             sources = [one for one in fleet.split_sources if one.role is role]
             source = min(sources, key=lambda one: (starts[one.id], one.id))
-            readers = [one for one in fleet.readers(role) if one is not source]
-            decode: float | None = None
-            for least, _, reader in sorted((decodes[one.id], one.id, one) for one in readers):
-                if decode is not None and decode <= least:
-                    break
-                cost = least + TPOT_WEIGHT * crowding(request, reader)
-                decode = cost if decode is None else min(decode, cost)
-            if decode is None:
-                continue
             moving_s = source.costs.handoff_total_s(request.prompt_tokens)
-            moved = moving_s / (request.expected_tokens * idle.step_s)
-            cost = starts[source.id] + decode + TPOT_WEIGHT * moved
-            if best is None or cost < best.cost:
-                best = Way(cost, 1, Placement(Route.SPLIT, source))
+            moved = TPOT_WEIGHT * (moving_s / (request.expected_tokens * idle.step_s))
+            start = starts[source.id]
+            readers = [
+                (decodes[one.id], one.id, one) for one in fleet.readers(role) if one is not source
+            ]
+            for least, _, reader in sorted(readers):
+                if best is not None and best.cost <= start + least + moved:
+                    break
+                cost = start + (least + TPOT_WEIGHT * crowding(request, reader)) + moved
+                if best is None or cost < best.cost:
+                    best = Way(cost, Placement(Route.SPLIT, source))
         return best
 
-    def _prefill_shares(self, fleet: Fleet, now_s: float) -> dict[str, float]:
-        """Of each worker's time, what prompts will take if they gather on prefill workers.
+    def _prefill_shares(self, fleet: Fleet, now_s: float) -> tuple[float, float]:
+        """What prompts will take of a prefill worker's time and of another's, if they gather on
+        prefill workers, or without any of those on all.
 
         What those cannot take, at `FULL_SHARE` of their time, the others share.
         """
         _, prompt_rate, _ = self._demand.rates(now_s)
         takers = [one for one in fleet.workers if one.role is Role.PREFILL] or fleet.workers
-        others = [one for one in fleet.workers if one not in takers]
-        wanted = sum(one.costs.prefill_token_s * one.pace for one in takers) / len(takers)
+        num_takers, num_others = len(takers), len(fleet.workers) - len(takers)
+        wanted = sum([one.costs.prefill_token_s * one.pace for one in takers]) / num_takers
         wanted *= prompt_rate
-        taken = min(FULL_SHARE, wanted / len(takers))
-        left = min(FULL_SHARE, max(0.0, wanted - taken * len(takers)) / max(1, len(others)))
-        return {one.id: taken if one in takers else left for one in fleet.workers}
+        taken = min(FULL_SHARE, wanted / num_takers)
+        if not num_others:
+            return taken, taken
+        return taken, min(FULL_SHARE, max(0.0, wanted - taken * num_takers) / num_others)
 
 
 class Alone(NamedTuple):
