@@ -230,6 +230,17 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         named = DEFAULT_CHUNK_TOKENS if self.chunk_size == "auto" else int(self.chunk_size)
         return self.max_num_batched_tokens or named
 
+    @property
+    def step_tokens(self) -> int:
+        """Tokens per step: room for one of every sequence."""
+        return max(self.chunk_tokens, self.max_num_seqs)
+
+    def with_measured_chunk(self, chunk_tokens: int | None) -> ServeConfig:
+        """The same with that chunk size, where one was measured and the options name none."""
+        if chunk_tokens is None or self.chunk_size != "auto" or self.max_num_batched_tokens:
+            return self
+        return msgspec.structs.replace(self, chunk_size=str(chunk_tokens))
+
 
 def load(values: dict[str, Any]) -> ServeConfig:
     """A checked configuration from plain values. Raises `StartError` naming what is wrong."""

@@ -65,7 +65,8 @@ keys mean.
     multiple=True,
     metavar="NAME=VALUE,...",
     help="Values of an option of `tinfer serve` to try. Default: route=auto,split and "
-    "max-num-batched-tokens=512,2048 (and the measured chunk size), unless these are given.",
+    "max-num-batched-tokens=512,2048 (and the measured chunk size), unless these or --chunk-size "
+    "are given.",
 )
 @click.option(
     "--num-draws",
@@ -129,6 +130,9 @@ def _options(given: dict[str, Any], given_names: set[str]) -> PlanOptions:
     slo = sim_options.checked("--slo", parse_slo, (*bounds, *more_bounds) or ("loose",))
     boxes = _boxes(given.pop("presets"), given.pop("tuned"))
     swept = {name: values for name, values in SWEPT.items() if name not in given_names}
+    more_swept = parse_sweep(given.pop("sweep"))
+    if "chunk_size" in given_names or "chunk_size" in more_swept:
+        swept.pop("max_num_batched_tokens", None)  # it would go before them
     if "max_num_batched_tokens" in swept:
         # A step holds a token of every sequence, so it cannot be smaller.
         measured = {
@@ -144,7 +148,7 @@ def _options(given: dict[str, Any], given_names: set[str]) -> PlanOptions:
         source=source,
         boxes=boxes,
         config=config,
-        swept={**swept, **parse_sweep(given.pop("sweep"))},
+        swept={**swept, **more_swept},
         slo=slo,
         show_progress=sys.stderr.isatty(),
         **given,

@@ -52,12 +52,14 @@ def _decide(config: ServeConfig, claims: CoreClaims) -> tuple[ServeConfig, Decis
     decision = plan.decide(config, around)
     tuning = stored_tuning(config, decision, around.gpus)
     decision = msgspec.structs.replace(decision, tuning=tuning)
-    if tuning is not None and config.chunk_size == "auto" and not config.max_num_batched_tokens:
-        chunk_tokens = tuning.chunk.chunk_tokens
-        config = msgspec.structs.replace(config, chunk_size=str(chunk_tokens))
+    tuned = config.with_measured_chunk(None if tuning is None else tuning.chunk.chunk_tokens)
+    if tuned != config:
+        config = tuned
         if around.gpus:  # a larger step leaves less room for KV
             decision = plan.decide(config, around)
-        reason = f"chunks of {chunk_tokens} tokens and the costs of a step are what tune measured"
+        reason = (
+            f"chunks of {config.chunk_size} tokens and the costs of a step are what tune measured"
+        )
         shown = msgspec.structs.replace(decision.plan, reasons=(*decision.plan.reasons, reason))
         decision = msgspec.structs.replace(decision, plan=shown, tuning=tuning)
     check_gpus(decision.placements)

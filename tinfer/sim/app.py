@@ -136,7 +136,7 @@ def _settings(options: SimulateOptions) -> dict[str, Any]:
         "requests": options.source.name,
         "box": f"{options.box.name} ({options.box.source})",
         "source": source,
-        "config": simulated_fields(options.config),
+        "config": simulated_fields(options.config.with_measured_chunk(options.box.chunk_tokens)),
         "engine": msgspec.to_builtins(options.box.decode),
         "baselines": options.baselines,
         "split_from_tokens": options.split_from_tokens,
