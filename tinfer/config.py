@@ -6,6 +6,8 @@ the meaning is the same.
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -158,6 +160,7 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         str,
         Meta(
             pattern=r"^(auto|[1-9][0-9]*)$",
+            title="auto or a number of tokens",
             description="Prompt tokens per worker and step; auto: as `tinfer tune` measured, "
             "else 512.",
         ),
@@ -242,14 +245,28 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         return msgspec.structs.replace(self, chunk_size=str(chunk_tokens))
 
 
-def load(values: dict[str, Any]) -> ServeConfig:
-    """A checked configuration from plain values. Raises `StartError` naming what is wrong."""
+def load(values: dict[str, Any], strict: bool = True) -> ServeConfig:
+    """A checked configuration from plain values, or (not `strict`) from their text.
+
+    Raises `StartError` naming what is wrong.
+    """
     try:
-        config = msgspec.convert(values, ServeConfig)
+        config = msgspec.convert(values, ServeConfig, strict=strict)
     except msgspec.ValidationError as error:
-        raise StartError(f"bad option: {error}") from error
+        reason, _, place = str(error).partition(" - at `$.")
+        raise StartError(f"bad option{_flag(place)}: {reason}") from error
+    for name in ServeConfig.__struct_fields__:
+        value = getattr(config, name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise StartError(f"bad option{_flag(name)}: {value} is not a finite number")
     if config.prefill == config.decode == 0:
         raise StartError("no worker: --prefill and --decode are both 0")
     if config.route == "split" and 0 in (config.prefill, config.decode):
         raise StartError("--route split needs at least one --prefill and one --decode worker")
     return config
+
+
+def _flag(place: str) -> str:
+    """Of a place that msgspec names, such as `fake_engine[...]`; empty for the whole struct."""
+    name = re.match(r"\w*", place)
+    return f" --{name[0].replace('_', '-')}" if name and name[0] else ""

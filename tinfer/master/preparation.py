@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 
 import click
 import msgspec
@@ -11,6 +12,7 @@ from tinfer.config import ServeConfig
 from tinfer.master import hub, plan
 from tinfer.master.conflicts import check_gpus
 from tinfer.master.cores import CoreClaims
+from tinfer.master.event_log import check_writable
 from tinfer.master.hub_fetch import fetch
 from tinfer.master.limits import client_descriptors, raise_descriptor_limit
 from tinfer.master.listener import bind
@@ -48,6 +50,8 @@ def dry_run(config: ServeConfig) -> Plan:
 
 
 def _decide(config: ServeConfig, claims: CoreClaims) -> tuple[ServeConfig, Decision]:
+    if config.event_log is not None:
+        check_writable(Path(config.event_log))
     around = plan.look_around(config, claims)
     decision = plan.decide(config, around)
     tuning = stored_tuning(config, decision, around.gpus)
