@@ -1,7 +1,9 @@
 """How long the scheduler thinks: the time of one event at 1,000 waiting and 500 running requests.
 
-Eight workers, four of each role, all full: what a worker finishes makes room for what waits. Each
-event is timed alone; a *decision* is an event that starts, hands off or refuses a request.
+Eight workers, four of each role. Their KV caches hold little more than 500 running requests may
+need, so that admission has to count; the numbers are held by letting one request arrive, one
+prefill end and one answer end in every round. Each event is timed alone; a *decision* is an event
+that starts a request or hands one off.
 
     python benchmarks/scheduler_decisions.py --json scheduler_decisions.json
 """
@@ -26,32 +28,44 @@ from tinfer.core.scheduler import Scheduler
 from tinfer.core.types import Capacity, LeaseKey, Role, SchedulerConfig
 
 NUM_WORKERS = 8
-CAPACITY = Capacity(num_blocks=8000, block_tokens=16, max_num_seqs=256, chunk_tokens=512)
 NUM_WAITING, NUM_RUNNING = 1000, 500
+# More arrivals than that and still fewer running: the workers are too small, say so.
+MOST_ARRIVALS = 10_000
+# With `split`, half of the workers hold all that decodes.
+NUM_BLOCKS = {"auto": 11_000, "split": 22_000}
+CHUNK_TOKENS = 512
+PROMPT_TOKENS = (20, 100, 500, 1500, 4000)
+MOST_OUTPUT_TOKENS = 1500
 
 
 class Box:
     """Workers that answer at once, in the order in which they were asked."""
 
-    def __init__(self, config: SchedulerConfig, seed: int) -> None:
+    def __init__(self, route: str, seed: int) -> None:
         self.rng = random.Random(seed)
-        self.scheduler = Scheduler(config)
+        self.scheduler = Scheduler(SchedulerConfig(route=route, max_num_queued_reqs=10**6))
         self.taken_us: dict[str, list[float]] = defaultdict(list)
+        self.prompt_tokens: dict[str, int] = {}
         self.prefilling: dict[str, tuple[str, bool]] = {}
         self.decoding: dict[str, str] = {}
-        self.steps = [0] * NUM_WORKERS
-        self.num_arrived = 0
-        self.num_slots = 0
+        self.num_steps = self.num_arrived = self.num_slots = 0
         self.now_s = 0.0
+        capacity = Capacity(NUM_BLOCKS[route], 16, max_num_seqs=256, chunk_tokens=CHUNK_TOKENS)
         for number in range(NUM_WORKERS):
             role = Role.PREFILL if number % 2 else Role.DECODE
-            self.on(ev.WorkerUp(f"w{number}", 0, role, CAPACITY))
+            self.on(ev.WorkerUp(f"w{number}", 0, role, capacity))
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have not started, and those between their two workers."""
+        num_open = self.scheduler.ledger_snapshot().open_requests
+        return num_open - len(self.prefilling) - len(self.decoding)
 
     def on(self, event: ev.Event) -> None:
         began = time.perf_counter()
         actions = self.scheduler.on_event(event, self.now_s)
         taken_us = 1e6 * (time.perf_counter() - began)
-        self.taken_us[type(event).__name__].append(taken_us)
+        self.taken_us[named(event)].append(taken_us)
         if any(
             isinstance(one, ev.StartPrefill | ev.StartWhole | ev.StartDecode) for one in actions
         ):
@@ -67,17 +81,12 @@ class Box:
 
     def arrive(self) -> None:
         self.num_arrived += 1
-        points = sorted(self.rng.randrange(1, 1500) for _ in range(16))
-        prompt_tokens = self.rng.choice((20, 100, 500, 1500, 4000))
-        self.on(
-            ev.Arrived(
-                f"r{self.num_arrived}",
-                prompt_tokens,
-                2000,
-                lengths=Lengths(tuple(points)),
-                block_hashes=tuple(self.rng.getrandbits(60) for _ in range(prompt_tokens // 16)),
-            )
-        )
+        rid, prompt_tokens = f"r{self.num_arrived}", self.rng.choice(PROMPT_TOKENS)
+        self.prompt_tokens[rid] = prompt_tokens
+        points = sorted(self.rng.randrange(1, MOST_OUTPUT_TOKENS) for _ in range(16))
+        hashes = tuple(self.rng.getrandbits(60) for _ in range(prompt_tokens // 16))
+        lengths = Lengths(tuple(points))
+        self.on(ev.Arrived(rid, prompt_tokens, 2000, lengths=lengths, block_hashes=hashes))
 
     def end_prefill(self) -> None:
         if not self.prefilling:
@@ -89,30 +98,55 @@ class Box:
             self.on(ev.FirstToken(rid, worker_id, 0))
         else:
             self.num_slots += 1
-            self.on(ev.Prefilled(rid, worker_id, 0, LeaseKey(worker_id, 0, self.num_slots, 0), 40))
+            num_blocks = self.prompt_tokens[rid] // 16 + 1
+            lease = LeaseKey(worker_id, 0, self.num_slots, 0)
+            self.on(ev.Prefilled(rid, worker_id, 0, lease, num_blocks))
 
     def end_decode(self) -> None:
         rid = self.rng.choice(list(self.decoding))
         self.on(ev.WorkerFinished(rid, self.decoding.pop(rid), 0, answered=True))
 
     def step(self) -> None:
+        """One step of each worker; where a prompt longer than a chunk computes, one chunk of it."""
+        self.num_steps += 1
+        num = self.num_steps
+        computing = {
+            worker_id: rid
+            for rid, (worker_id, _) in reversed(self.prefilling.items())
+            if self.prompt_tokens[rid] > CHUNK_TOKENS
+        }
         for number in range(NUM_WORKERS):
-            self.steps[number] += 1
-            num = self.steps[number]
-            self.on(ev.Stepped(f"w{number}", 0, num, 0.03 * num, 100 * num, 4000))
+            worker_id = f"w{number}"
+            rid = computing.get(worker_id)
+            progress = () if rid is None else ((rid, CHUNK_TOKENS),)
+            self.on(ev.Stepped(worker_id, 0, num, 0.03 * num, 100 * num, 4000, progress))
         self.now_s += 0.03
 
 
-def run(config: SchedulerConfig, num_rounds: int, seed: int) -> dict[str, Any]:
-    """Fill the box, then keep it full and time what happens."""
-    box = Box(config, seed)
-    while len(box.decoding) < NUM_RUNNING:
+def named(event: ev.Event) -> str:
+    name = type(event).__name__
+    return f"{name}, progress" if isinstance(event, ev.Stepped) and event.progress else name
+
+
+def fill(box: Box) -> None:
+    """Raises `RuntimeError` where the workers cannot hold what is to run."""
+    while len(box.decoding) < NUM_RUNNING or box.num_waiting < NUM_WAITING:
+        if box.num_arrived >= MOST_ARRIVALS:
+            raise RuntimeError(
+                f"{len(box.decoding)} of {NUM_RUNNING} requests run and {box.num_waiting} of "
+                f"{NUM_WAITING} wait after {box.num_arrived} arrivals: the workers are too small"
+            )
         box.arrive()
-        box.end_prefill()
+        if len(box.decoding) < NUM_RUNNING:
+            box.end_prefill()
         if not box.num_arrived % 50:
             box.step()
-    while sum(1 for _ in box.scheduler.waiting(0.0, 10**6)) < NUM_WAITING:
-        box.arrive()
+
+
+def run(route: str, num_rounds: int, seed: int) -> dict[str, Any]:
+    """Fill the box, then keep it full and time what happens."""
+    box = Box(route, seed)
+    fill(box)
     box.taken_us.clear()
     gc.collect()
     gc.freeze()
@@ -121,16 +155,24 @@ def run(config: SchedulerConfig, num_rounds: int, seed: int) -> dict[str, Any]:
         box.step()
         box.end_decode()
         box.end_prefill()
+        box.on(ev.Tick())
     gc.unfreeze()
     return {
-        name: {
-            "num": len(taken),
-            "median_us": round(statistics.median(taken), 1),
-            "p99_us": round(statistics.quantiles(taken, n=100)[98], 1),
-            "max_us": round(max(taken), 1),
-        }
-        for name, taken in sorted(box.taken_us.items())
-        if len(taken) > 1
+        "num_blocks_per_worker": NUM_BLOCKS[route],
+        "num_waiting_at_end": box.num_waiting,
+        "num_running_at_end": len(box.decoding),
+        "events": {name: figures(taken) for name, taken in sorted(box.taken_us.items())},
+    }
+
+
+def figures(taken_us: list[float]) -> dict[str, float]:
+    """Of the times of one kind of event; the median bounds what a busy machine adds to it."""
+    return {
+        "num": len(taken_us),
+        "min_us": round(min(taken_us), 1),
+        "median_us": round(statistics.median(taken_us), 1),
+        "p99_us": round(sorted(taken_us)[int(0.99 * len(taken_us))], 1),
+        "max_us": round(max(taken_us), 1),
     }
 
 
@@ -144,18 +186,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=argparse.FileType("w"), help="write the result here")
+    parser.add_argument("--route", choices=sorted(NUM_BLOCKS), action="append")
+    parser.add_argument("--json", type=Path, help="write the result here")
     arguments = parser.parse_args()
     results = {}
-    for route in ("auto", "split"):
-        config = SchedulerConfig(route=route, max_num_queued_reqs=10**6)
-        results[route] = run(config, arguments.rounds, arguments.seed)
-        for name, figures in results[route].items():
-            print(f"{route:<6} {name:<15} {figures}")
+    for route in arguments.route or sorted(NUM_BLOCKS):
+        results[route] = run(route, arguments.rounds, arguments.seed)
+        for name, of_event in results[route]["events"].items():
+            print(f"{route:<6} {name:<18} {of_event}")
     if arguments.json:
+        command = f"--rounds {arguments.rounds} --seed {arguments.seed}"
         report = {
             "benchmark": "scheduler_decisions",
-            "command": f"python benchmarks/scheduler_decisions.py --rounds {arguments.rounds}",
+            "command": f"python benchmarks/scheduler_decisions.py {command}",
             "date": time.strftime("%Y-%m-%d"),
             "hardware": hardware(),
             "num_workers": NUM_WORKERS,
@@ -163,7 +206,7 @@ def main() -> None:
             "num_running": NUM_RUNNING,
             "results": results,
         }
-        json.dump(report, arguments.json, indent=2)
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

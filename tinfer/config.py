@@ -6,6 +6,8 @@ the meaning is the same.
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -158,6 +160,7 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         str,
         Meta(
             pattern=r"^(auto|[1-9][0-9]*)$",
+            title="auto or a number of tokens",
             description="Prompt tokens per worker and step; auto: as `tinfer tune` measured, "
             "else 512.",
         ),
@@ -230,15 +233,40 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         named = DEFAULT_CHUNK_TOKENS if self.chunk_size == "auto" else int(self.chunk_size)
         return self.max_num_batched_tokens or named
 
+    @property
+    def step_tokens(self) -> int:
+        """Tokens per step: room for one of every sequence."""
+        return max(self.chunk_tokens, self.max_num_seqs)
 
-def load(values: dict[str, Any]) -> ServeConfig:
-    """A checked configuration from plain values. Raises `StartError` naming what is wrong."""
+    def with_measured_chunk(self, chunk_tokens: int | None) -> ServeConfig:
+        """The same with that chunk size, where one was measured and the options name none."""
+        if chunk_tokens is None or self.chunk_size != "auto" or self.max_num_batched_tokens:
+            return self
+        return msgspec.structs.replace(self, chunk_size=str(chunk_tokens))
+
+
+def load(values: dict[str, Any], strict: bool = True) -> ServeConfig:
+    """A checked configuration from plain values, or (not `strict`) from their text.
+
+    Raises `StartError` naming what is wrong.
+    """
     try:
-        config = msgspec.convert(values, ServeConfig)
+        config = msgspec.convert(values, ServeConfig, strict=strict)
     except msgspec.ValidationError as error:
-        raise StartError(f"bad option: {error}") from error
+        reason, _, place = str(error).partition(" - at `$.")
+        raise StartError(f"bad option{_flag(place)}: {reason}") from error
+    for name in ServeConfig.__struct_fields__:
+        value = getattr(config, name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise StartError(f"bad option{_flag(name)}: {value} is not a finite number")
     if config.prefill == config.decode == 0:
         raise StartError("no worker: --prefill and --decode are both 0")
     if config.route == "split" and 0 in (config.prefill, config.decode):
         raise StartError("--route split needs at least one --prefill and one --decode worker")
     return config
+
+
+def _flag(place: str) -> str:
+    """Of a place that msgspec names, such as `fake_engine[...]`; empty for the whole struct."""
+    name = re.match(r"\w*", place)
+    return f" --{name[0].replace('_', '-')}" if name and name[0] else ""

@@ -59,6 +59,10 @@ def test_the_defaults_are_a_configuration() -> None:
         ("start_timeout", 0.0),
         ("lease_ttl", 0.0),
         ("lease_ttl", float("nan")),
+        ("lease_ttl", float("inf")),
+        ("ttft_deadline", float("inf")),
+        ("itl_slack", float("nan")),
+        ("chunk_size", "0"),
         ("max_worker_restarts", -1),
         ("route", "both"),
         ("kv_transport", "tcp"),
@@ -71,7 +75,7 @@ def test_the_defaults_are_a_configuration() -> None:
     ],
 )
 def test_a_bad_value_names_its_option(name: str, value: object) -> None:
-    with pytest.raises(StartError, match=name) as caught:
+    with pytest.raises(StartError, match="--" + name.replace("_", "-")) as caught:
         load({name: value})
     assert "\n" not in caught.value.message
 

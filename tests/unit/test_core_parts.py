@@ -247,15 +247,15 @@ def test_least_loaded_weighs_prompts_against_decoding_sequences() -> None:
 
 def test_equal_loads_go_to_the_smaller_id_however_listed() -> None:
     a, b = worker("a"), worker("b")
-    for policy in (LeastLoaded(), LeastKv()):
-        assert policy.choose(request(), [b, a], 0.0) is a
-        assert policy.choose(request(), [a, b], 0.0) is a
+    for listed in ([a, b], [b, a]):
+        assert LeastLoaded().choose(request(), listed, 0.0) is a
+        assert LeastKv().choose(request(), listed) is a
 
 
 def test_decode_goes_to_the_lightest_kv_load() -> None:
     a, b = worker("a"), worker("b")
     a.num_held_blocks = 1
-    assert LeastKv().choose(request(), [a, b], 0.0) is b
+    assert LeastKv().choose(request(), [a, b]) is b
 
 
 @pytest.mark.parametrize(

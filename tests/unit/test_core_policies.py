@@ -13,11 +13,19 @@ from tinfer.core.events import Stepped, WorkerUp
 from tinfer.core.fleet import Fleet
 from tinfer.core.lengths import Lengths, certain
 from tinfer.core.policies.admission import Greedy, Peak, ReserveDynamic, ReserveStatic
-from tinfer.core.policies.decode import LeastKv, PowerOfTwo, Projected, heavy_to_light
+from tinfer.core.policies.decode import (
+    LeastKv,
+    PowerOfTwo,
+    Projected,
+    crowding,
+    heavy_to_light,
+    step_cost,
+)
 from tinfer.core.policies.orders import Batched, Srpt
 from tinfer.core.policies.prefill import EarliestFinish
+from tinfer.core.policies.registry import DECODE_CHOICES
 from tinfer.core.requests import Request
-from tinfer.core.types import Capacity, Role, Route
+from tinfer.core.types import Capacity, Role, Route, SchedulerConfig
 from tinfer.core.worker import Worker
 
 COSTS = CostModel(base_s=0.01, prefill_token_s=0.001, decode_seq_s=0.001, kv_token_s=0.0)
@@ -174,7 +182,7 @@ def test_power_of_two_draws_from_those_with_room_and_takes_the_lighter() -> None
     decoding(light, request("l"))
     full.num_held_blocks = 100
     policy = PowerOfTwo(seed=3)
-    assert {policy.choose(request(), [heavy, light, full], 0.0) for _ in range(50)} == {light}
+    assert {policy.choose(request(), [heavy, light, full]) for _ in range(50)} == {light}
     assert heavy_to_light(heavy) == 1.0 and heavy_to_light(light) == 0.0
 
 
@@ -183,7 +191,7 @@ def test_power_of_two_draws_from_the_others_where_nobody_has_room() -> None:
     for one in workers:
         one.num_held_blocks = 99
     policy = PowerOfTwo(seed=3)
-    assert {policy.choose(request(), workers, 0.0) for _ in range(80)} <= set(workers)
+    assert {policy.choose(request(), workers) for _ in range(80)} <= set(workers)
 
 
 def test_power_of_two_draws_alike_with_one_seed() -> None:
@@ -193,7 +201,7 @@ def test_power_of_two_draws_alike_with_one_seed() -> None:
 
     def drawn(seed: int) -> list[Worker | None]:
         policy = PowerOfTwo(seed)
-        return [policy.choose(request(), workers, 0.0) for _ in range(30)]
+        return [policy.choose(request(), workers) for _ in range(30)]
 
     assert drawn(1) == drawn(1) != drawn(2)
 
@@ -202,15 +210,47 @@ def test_projected_takes_the_smaller_batch_and_shuns_a_cache_that_will_be_full()
     a, b = worker("a"), worker("b")
     decoding(a, *(request(f"a{i}") for i in range(6)))
     decoding(b, *(request(f"b{i}") for i in range(4)))
-    assert Projected().choose(request(), [a, b], 0.0) is b
+    assert Projected().choose(request(), [a, b]) is b
     decoding(b, request("long", 400, certain(500)))
-    assert Projected().choose(request(prompt=100), [a, b], 0.0) is a
+    assert Projected().choose(request(prompt=100), [a, b]) is a
 
 
 def test_least_kv_looks_at_prompts_alone() -> None:
     a, b = worker("a"), worker("b")
     decoding(a, request("x", 100))
-    assert LeastKv().choose(request(), [a, b], 0.0) is b
+    assert LeastKv().choose(request(), [a, b]) is b
+
+
+@pytest.mark.parametrize("name", DECODE_CHOICES)
+def test_only_workers_that_admit_a_request_are_chosen(name: str) -> None:
+    workers = [worker(name) for name in "abc"]
+    choice = DECODE_CHOICES[name](SchedulerConfig())
+    decoding(workers[2], request("x", 100))
+    assert choice.choose(request(), workers, lambda one: one.id == "c") is workers[2]
+    assert choice.choose(request(), workers, lambda one: False) is None
+
+
+def test_projected_finds_the_cheapest_without_a_look_at_every_cache() -> None:
+    rng = random.Random(5)
+    num_asked = 0
+    for _ in range(60):
+        workers = [worker(name) for name in "abcdefgh"]
+        for one in workers:
+            residents = rng.sample(range(1000), rng.randrange(6))
+            decoding(one, *(request(f"{one.id}{i}", i % 90, certain(1 + i)) for i in residents))
+        new = request("new", 50)
+        asked: list[str] = []
+
+        def admits(one: Worker, asked: list[str] = asked, new: Request = new) -> bool:
+            asked.append(one.id)
+            return Peak().admits(new, one, 0.0)
+
+        admitted = [one for one in workers if Peak().admits(new, one, 0.0)]
+        costs = {one: step_cost(new, one) + crowding(new, one) for one in admitted}
+        cheapest = min(admitted, key=lambda one: (costs[one], one.id), default=None)
+        assert Projected().choose(new, workers, admits) is cheapest
+        num_asked += len(asked)
+    assert num_asked < 60 * 8
 
 
 # --- admission -------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from tinfer.errors import StartError
 from tinfer.master.scheduling import predictor_of, scheduler_config
 from tinfer.sim import app, plan_app
 from tinfer.sim.app import SimulateOptions
-from tinfer.sim.arms import SchedulerOf
+from tinfer.sim.arms import HybridArm, ReplicasArm, SchedulerOf, TinferArm
 from tinfer.sim.boxes import preset_box
 from tinfer.sim.plan_app import PlanOptions
 from tinfer.sim.planner import SWEPT
@@ -202,6 +202,56 @@ def test_what_was_measured_is_a_box(ran: Ran, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "step_tokens"),
+    [
+        ("", 640),
+        ("--chunk-size auto", 640),
+        ("--chunk-size 384", 384),
+        ("--max-num-batched-tokens 700", 700),
+        ("--max-num-seqs 900", 900),  # a step holds a token of every sequence
+    ],
+)
+def test_workers_of_a_measured_box_have_its_chunk_unless_options_name_one(
+    ran: Ran, tmp_path: Path, words: str, step_tokens: int
+) -> None:
+    measured = tuning()
+    measured = replace(measured, chunk=replace(measured.chunk, chunk_tokens=640))
+    given = ["--tuned", str(store.save(measured, tmp_path)), *words.split()]
+    assert invoke("simulate", *given, "--baseline", "hybrid,replicas").exit_code == 0
+    tinfer, hybrid, replicas = app.arms_of(ran.simulated[0], scheduler_config)
+    assert isinstance(tinfer, TinferArm) and isinstance(hybrid, HybridArm)
+    found = {one.engine.max_num_batched_tokens for one in (*tinfer.workers, *hybrid.workers)}
+    assert found == {step_tokens}
+    # A plain replica knows of no tuning.
+    assert isinstance(replicas, ReplicasArm) and replicas.engine.max_num_batched_tokens == 2048
+    # With only one candidate for the chunk, a plan has the same workers.
+    sweep = ["--sweep", "route=split", "--gpus", "2"]
+    sweep += [] if "tokens" in words or "384" in words else ["--sweep", "chunk-size=auto"]
+    assert invoke("plan", *given, *sweep, *words.split()).exit_code == 0
+    (task,) = [
+        one
+        for one in plan_app.tasks_of(ran.planned[0], scheduler_config)
+        if one.candidate.config is not None
+    ]
+    assert isinstance(task.candidate.arm, TinferArm)
+    assert task.candidate.arm.workers == tinfer.workers
+
+
+def test_the_result_says_which_chunk_was_simulated(tmp_path: Path) -> None:
+    measured = tuning()
+    path = store.save(measured, tmp_path)
+    words = ["simulate", "--num-requests", "3", "--tuned", str(path), "--json", "-"]
+    found = msgspec.json.decode(invoke(*words).stdout)
+    assert found["settings"]["config"]["chunk_size"] == str(measured.chunk.chunk_tokens)
+
+
+@pytest.mark.parametrize("words", ["--chunk-size 384", "--sweep chunk-size=auto,384"])
+def test_a_chunk_size_that_is_asked_for_is_not_overruled(ran: Ran, words: str) -> None:
+    assert invoke("plan", "--gpus", "2", *words.split()).exit_code == 0
+    assert "max_num_batched_tokens" not in ran.planned[0].swept
+
+
+@pytest.mark.parametrize(
     ("words", "told"),
     [
         ("simulate --preset none", "no preset"),
@@ -317,7 +367,6 @@ def test_a_log_is_played_once_more_at_another_speed(tmp_path: Path) -> None:
         (["--baseline", "best"], "no baseline is called best"),
         (["--prefill", "0", "--decode", "2", "--baseline", "hybrid"], "hybrid needs"),
         (["--workload", "burst", "--workload-option", "cv=-1"], "burst"),
-        (["--max-num-seqs", "600"], "max_num_batched_tokens"),
         (["--json", "/no/such/folder/x.json"], "cannot write"),
     ],
 )

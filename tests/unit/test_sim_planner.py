@@ -121,8 +121,8 @@ def test_several_boxes_are_searched_side_by_side() -> None:
     [
         ({"no_such": "1"}, "--no-such"),
         ({"route": "both"}, "route"),
-        ({"max_num_seqs": "0"}, "max_num_seqs"),
-        ({"itl_slack": "x"}, "itl_slack"),
+        ({"max_num_seqs": "0"}, "--max-num-seqs"),
+        ({"itl_slack": "x"}, "--itl-slack"),
     ],
 )
 def test_bad_values_of_a_sweep(words: dict[str, str], told: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import types
 import typing
 from collections.abc import Callable
@@ -12,6 +14,30 @@ import msgspec
 from msgspec import Meta, Struct
 
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class NumberRange(click.FloatRange):
+    """Numbers only: `nan` lies within no bounds, and click lets it pass all of them."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number: float = super().convert(value, param, ctx)
+        return self.fail("nan is not a number", param, ctx) if math.isnan(number) else number
+
+
+class Words(click.ParamType[str]):
+    """Text of the pattern of `meta`, whose title says it to a reader."""
+
+    name = "text"
+
+    def __init__(self, meta: Meta) -> None:
+        self._meta = meta
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if re.search(str(self._meta.pattern), value) is None:
+            self.fail(f"{value!r} is not {self._meta.title}", param, ctx)
+        return str(value)
 
 
 def options_of(config: type[Struct], skip: frozenset[str] = frozenset()) -> _Decorator:
@@ -86,8 +112,9 @@ def _bounded(base: Any, metas: list[Meta]) -> Any:
     if base is int:
         return click.IntRange(**bounds) if bounds else int
     if base is float:
-        return click.FloatRange(**bounds) if bounds else float
-    return base
+        return NumberRange(**bounds)
+    patterned = next((meta for meta in metas if meta.pattern is not None), None)
+    return base if patterned is None else Words(patterned)
 
 
 def _pairs(_ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:

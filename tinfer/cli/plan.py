@@ -10,6 +10,8 @@ import click
 
 from tinfer import config as configuration
 from tinfer.cli import sim_options
+from tinfer.cli.options import NumberRange
+from tinfer.cli.outputs import check_writable
 from tinfer.errors import StartError
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ keys mean.
 @click.option(
     "--target",
     "share",
-    type=click.FloatRange(min=0, min_open=True, max=1),
+    type=NumberRange(min=0, min_open=True, max=1),
     default=0.9,
     show_default=True,
     help="Share of all answers that must be within the SLO.",
@@ -65,7 +67,8 @@ keys mean.
     multiple=True,
     metavar="NAME=VALUE,...",
     help="Values of an option of `tinfer serve` to try. Default: route=auto,split and "
-    "max-num-batched-tokens=512,2048 (and the measured chunk size), unless these are given.",
+    "max-num-batched-tokens=512,2048 (and the measured chunk size), unless these or --chunk-size "
+    "are given.",
 )
 @click.option(
     "--num-draws",
@@ -99,6 +102,7 @@ def command(context: click.Context, /, **given: Any) -> None:
     """
 
     def planned() -> int:
+        check_writable(given["json_path"], given["plot_dir"])
         options = _options(given, _given_names(context))
         from tinfer.master.scheduling import scheduler_config
         from tinfer.sim.plan_app import run
@@ -129,6 +133,13 @@ def _options(given: dict[str, Any], given_names: set[str]) -> PlanOptions:
     slo = sim_options.checked("--slo", parse_slo, (*bounds, *more_bounds) or ("loose",))
     boxes = _boxes(given.pop("presets"), given.pop("tuned"))
     swept = {name: values for name, values in SWEPT.items() if name not in given_names}
+    more_swept = parse_sweep(given.pop("sweep"))
+    for name in more_swept.keys() - set(policies):
+        raise click.UsageError(
+            f"--sweep {name.replace('_', '-')}: nothing simulated follows from it"
+        )
+    if "chunk_size" in given_names or "chunk_size" in more_swept:
+        swept.pop("max_num_batched_tokens", None)  # it would go before them
     if "max_num_batched_tokens" in swept:
         # A step holds a token of every sequence, so it cannot be smaller.
         measured = {
@@ -144,7 +155,7 @@ def _options(given: dict[str, Any], given_names: set[str]) -> PlanOptions:
         source=source,
         boxes=boxes,
         config=config,
-        swept={**swept, **parse_sweep(given.pop("sweep"))},
+        swept={**swept, **more_swept},
         slo=slo,
         show_progress=sys.stderr.isatty(),
         **given,

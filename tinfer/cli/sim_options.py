@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from tinfer.cli.options import options_of
+from tinfer.cli.options import NumberRange, options_of
 from tinfer.config import ServeConfig
 from tinfer.errors import StartError
 
@@ -36,7 +36,7 @@ NOT_SIMULATED = frozenset(
 # This one is an option of the workload here; it numbers everything that is drawn.
 _SEED = frozenset(("seed",))
 POSITIVE = click.IntRange(min=1)
-_ABOVE_ZERO = click.FloatRange(min=0, min_open=True)
+_ABOVE_ZERO = NumberRange(min=0, min_open=True, max=1000)
 
 _SOURCE = (
     click.option(
@@ -128,7 +128,7 @@ def box_of(preset: str | None, tuned: Path | None) -> Box:
     if tuned is None:
         from tinfer.sim.boxes import preset_box
 
-        return preset_box(preset or "cpu-51m")
+        return preset_box("cpu-51m" if preset is None else preset)
     if preset is not None:
         raise click.UsageError("--preset and --tuned exclude each other")
     return measured(tuned)

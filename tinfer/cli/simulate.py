@@ -10,6 +10,8 @@ import click
 
 from tinfer import config as configuration
 from tinfer.cli import sim_options
+from tinfer.cli.options import NumberRange
+from tinfer.cli.outputs import check_writable
 
 if TYPE_CHECKING:
     from tinfer.sim.app import SimulateOptions
@@ -35,7 +37,7 @@ mean. Equal options give equal bytes, but for the date.
 @sim_options.source_options
 @click.option(
     "--request-rate",
-    type=click.FloatRange(min=0, min_open=True),
+    type=NumberRange(min=0, min_open=True),
     help="Requests per second; inf has all come at once. Default: the workload's (log's) own.",
 )
 @click.option(
@@ -61,14 +63,14 @@ mean. Equal options give equal bytes, but for the date.
 )
 @click.option(
     "--predictor-tax",
-    type=click.FloatRange(min=1),
+    type=NumberRange(min=1, max=100),
     default=1.0,
     show_default=True,
     help="Times as long that steps of prefill workers take beside a length predictor (paper: 1.1).",
 )
 @click.option(
     "--noise",
-    type=click.FloatRange(min=0),
+    type=NumberRange(min=0, max=2),
     default=0.0,
     show_default=True,
     help="Standard deviation of the logarithm of step times.",
@@ -94,6 +96,7 @@ def command(**given: Any) -> None:
     """
 
     def simulated() -> int:
+        check_writable(given["json_path"], given["plot_dir"])
         options = _options(given)
         from tinfer.master.scheduling import scheduler_config
         from tinfer.sim.app import run

@@ -21,7 +21,6 @@ tinfer/tune/tuning.py and of the structs within it:
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +29,7 @@ import click
 
 from tinfer import config as configuration
 from tinfer.cli.options import options_of
+from tinfer.cli.outputs import check_writable
 from tinfer.errors import StartError
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def command(
     you serve with. Takes minutes on a CPU.
     """
     try:
-        _check_writable(json_path, plot_dir)
+        check_writable(json_path, plot_dir)
         tuning = _of(values, max_chunk, repeats, seed, stored)
         _report(tuning, json_path, plot_dir)
     except StartError as error:
@@ -167,21 +167,6 @@ def _of(values: dict[str, Any], max_chunk: int, repeats: int, seed: int, stored:
     path = store.save(tuning)
     click.echo(f"stored: {path}", err=True)
     return tuning
-
-
-def _check_writable(json_path: str | None, plot_dir: Path | None) -> None:
-    """What would fail after minutes fails before them; nothing is made yet. Raises `StartError`."""
-    paths = [] if json_path in (None, "-") else [Path(str(json_path))]
-    for path in paths:
-        place = path if path.exists() else path.absolute().parent
-        if path.is_dir() or not os.access(place, os.W_OK):
-            raise StartError(f"cannot write {path}")
-    if plot_dir is not None:
-        place = plot_dir.absolute()
-        while not place.exists():
-            place = place.parent
-        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-            raise StartError(f"cannot write to {plot_dir}")
 
 
 def _report(tuning: Tuning, json_path: str | None, plot_dir: Path | None) -> None:

@@ -37,6 +37,7 @@ class Fleet:
         self.num_queued = 0
         self.workers: list[Worker] = []
         self.split_sources: list[Worker] = []
+        self._readers: dict[Role, list[Worker]] = {role: [] for role in Role}
         self._by_id: dict[str, Worker] = {}
         self._last_generation: dict[str, int] = {}
         self._slowness: dict[str, float] = {}
@@ -115,11 +116,7 @@ class Fleet:
 
     def readers(self, source: Role) -> list[Worker]:
         """Live workers that may read what a worker of role `source` has prefilled."""
-        return [
-            worker
-            for worker in self.workers
-            if worker.flips_to is None and can_hand_off(source, worker.role)
-        ]
+        return self._readers[source]
 
     def open_to_whole(self) -> list[Worker]:
         """All but those that a waiting hand-off could go to: it was first, and it holds memory."""
@@ -134,7 +131,7 @@ class Fleet:
     @property
     def num_taking(self) -> int:
         """Workers with a seat for one more request."""
-        return sum(worker.has_seat for worker in self.workers)
+        return sum([len(one.requests) < one.capacity.max_num_seqs for one in self.workers])
 
     def expects_reader(self, source: Role) -> bool:
         """Whether such a worker is up or to come."""
@@ -173,8 +170,7 @@ class Fleet:
 
     def _index(self) -> None:
         self.workers = sorted(self._by_id.values(), key=lambda worker: worker.id)
-        self.split_sources = [
-            worker
-            for worker in self.workers
-            if worker.flips_to is None and self.readers(worker.role)
-        ]
+        staying = [worker for worker in self.workers if worker.flips_to is None]
+        for source in Role:
+            self._readers[source] = [one for one in staying if can_hand_off(source, one.role)]
+        self.split_sources = [worker for worker in staying if self._readers[worker.role]]

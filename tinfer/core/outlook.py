@@ -109,22 +109,30 @@ class KvOutlook:
         last = max(self._last_step, ends[-1] if ends else 0.0)
         first_bin = now // BIN_STEPS + 1
         end_bin = min(first_bin + NUM_BINS, int(last // BIN_STEPS) + 2)
-        num_there = len(ends)
-        for step_bin in range(first_bin, end_bin):
-            place = step_bin % NUM_BINS
-            step = step_bin * BIN_STEPS
-            mean, variance = self._means[place], self._variances[place]
-            while num_there and ends[-num_there] <= step - BIN_STEPS:
-                num_there -= 1
-            if num_there:
-                there, held = share * num_there, offset + step
-                mean += there * held
-                variance += there * (1.0 - there) * held * held
+        # Floats only: the interpreter is slow where it has to mix them with integers.
+        place, sqrt, bin_steps = first_bin % NUM_BINS, math.sqrt, float(BIN_STEPS)
+        means = (self._means[place:] + self._means[:place])[: max(0, end_bin - first_bin)]
+        variances = self._variances[place:] + self._variances[:place]
+        step = first_bin * bin_steps
+        held = offset + step
+        num_there, gone_step, there, spread = len(ends), step, 0.0, 0.0
+        for mean, variance in zip(means, variances, strict=False):
+            if gone_step <= step:  # of a newcomer's ends, one more is past
+                while num_there and ends[-num_there] <= step - bin_steps:
+                    num_there -= 1
+                gone_step = ends[-num_there] + bin_steps if num_there else math.inf
+                there = share * num_there
+                spread = there * (1.0 - there)
+            mean += there * held
+            variance += spread * held * held
             if mean > expected:
                 expected = mean
-            high = mean + z * math.sqrt(variance) if variance > 0.0 else mean
-            if high > rare:
-                rare = high
+            if variance > 0.0:
+                mean += z * sqrt(variance)
+            if mean > rare:
+                rare = mean
+            step += bin_steps
+            held += bin_steps
         return Peak(expected, rare)
 
     def _put(self, name: str, resident: Resident) -> None:

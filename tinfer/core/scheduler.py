@@ -327,7 +327,7 @@ class Scheduler:
         if request.route is Route.SPLIT and request.at is not None:
             readers = self._fleet.readers(request.at.role)
             if readers and request.target is None:
-                request.target = self._policies.decode_choice.choose(request, readers, now_s)
+                request.target = self._policies.decode_choice.choose(request, readers)
 
     def _admit_handoffs(self, now_s: float) -> None:
         """Give waiting hand-offs to decode workers with room, in order of their prefill's end.
@@ -366,10 +366,9 @@ class Scheduler:
         self, request: Request, readers: list[Worker], now_s: float
     ) -> Worker | None:
         admits = self._policies.decode_admission.admits
-        candidates = [worker for worker in readers if admits(request, worker, now_s)]
-        if not candidates:
-            return None
-        return self._policies.decode_choice.choose(request, candidates, now_s)
+        return self._policies.decode_choice.choose(
+            request, readers, lambda worker: admits(request, worker, now_s)
+        )
 
     def _start_decode(self, request: Request, worker: Worker) -> None:
         lease = self._lease_of(request)

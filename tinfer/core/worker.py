@@ -254,7 +254,8 @@ class Worker:
         """Output tokens of a request here, as its worker's steps tell."""
         if request.first_step is None:
             return 0
-        return min(request.max_output_tokens, 1 + self.num_steps - request.first_step)
+        tokens = 1 + self.num_steps - request.first_step
+        return tokens if tokens < request.max_output_tokens else request.max_output_tokens
 
     def prefill_share(self, now_s: float) -> float:
         """Of the time lately, what went to prompts here."""
@@ -311,11 +312,12 @@ class Worker:
     def num_used_blocks(self) -> int:
         """Blocks of all residents as they are now, each with its next token."""
         block_tokens = self.capacity.block_tokens
-        return sum(
-            -(-(one.prompt_tokens + self.generated_tokens(one) + 1) // block_tokens)
-            for one in self.requests.values()
-            if one.parked_tokens is None
-        )
+        generated = self.generated_tokens
+        num_blocks = 0
+        for one in self.requests.values():
+            if one.parked_tokens is None:
+                num_blocks += (one.prompt_tokens + generated(one)) // block_tokens + 1
+        return num_blocks
 
     @property
     def free_tokens(self) -> int:

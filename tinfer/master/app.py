@@ -97,11 +97,13 @@ class Server:
         self._placements = placements = decision.placements
         self._pairs: Pairs | None = None
         self._report = report.StartReport()
+        tuning = decision.tuning
+        chosen = scheduler_config(config, CostModel() if tuning is None else tuning.costs)
+        # Before there is anything on the disk that would have to go again.
+        event_log = None if config.event_log is None else EventLog(Path(config.event_log), chosen)
         self._door = Door(listener, client_descriptors(len(placements)))
         self._run_dir = RunDirectory(listener.getsockname()[1])
         self._link = MasterLink(self._run_dir.socket_path, self._on_message)
-        tuning = decision.tuning
-        chosen = scheduler_config(config, CostModel() if tuning is None else tuning.costs)
         self._scheduler = Scheduler(chosen)
         self._dispatcher = Dispatcher(
             self._scheduler,
@@ -110,8 +112,7 @@ class Server:
             config.lease_ttl,
             predictor_of(config),
         )
-        if config.event_log is not None:
-            self._dispatcher.event_log = EventLog(Path(config.event_log), chosen)
+        self._dispatcher.event_log = event_log
         self._supervisor = Supervisor(
             config,
             placements,

@@ -6,6 +6,7 @@ scheduler is pure, so the same events give the same actions again, on any machin
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -21,6 +22,13 @@ Entry = tuple[float, Event, list[Action]]
 _ENTRIES: msgspec.json.Decoder[Entry] = msgspec.json.Decoder(Entry)
 
 
+def check_writable(path: Path) -> None:
+    """Makes nothing yet. Raises `StartError` where the log could not be written."""
+    place = path if path.exists() else path.absolute().parent
+    if path.is_dir() or not os.access(place, os.W_OK):
+        raise StartError(f"cannot write --event-log {path}")
+
+
 class EventLog:
     """Appends to one file, which is made anew. Raises `StartError` where it cannot be written."""
 
@@ -28,7 +36,7 @@ class EventLog:
         try:
             self._file: BinaryIO = path.open("wb")
         except OSError as error:
-            raise StartError(f"cannot write {path}: {error.strerror}") from error
+            raise StartError(f"cannot write --event-log {path}: {error.strerror}") from error
         self._encoder = msgspec.json.Encoder()
         self._write(self._encoder.encode(config))
 

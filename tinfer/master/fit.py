@@ -16,7 +16,6 @@ from tinfer.master.gpu_placement import GpuLayout
 from tinfer.master.gpus import Gpu
 from tinfer.master.host_memory import HostMemory
 from tinfer.master.model_files import Weights, loaded_bytes
-from tinfer.master.placement import step_tokens
 from tinfer.master.sizing import ModelShape
 
 # On a CPU a worker's KV cache holds at least this much, and at least two longest requests, but
@@ -42,7 +41,7 @@ class Needs(Struct, frozen=True):
             shape=shape,
             weights=weights,
             max_model_len=config.max_model_len or shape.max_tokens,
-            step_tokens=step_tokens(config),
+            step_tokens=config.step_tokens,
             max_num_seqs=config.max_num_seqs,
             block_tokens=config.block_size or BLOCK_TOKENS,
         )

@@ -139,7 +139,7 @@ def _engine_args(config: ServeConfig, placement: Placement) -> dict[str, str | i
     arguments: dict[str, str | int | float | bool] = {
         "dtype": config.dtype,
         "max_num_seqs": config.max_num_seqs,
-        "max_num_batched_tokens": step_tokens(config),
+        "max_num_batched_tokens": config.step_tokens,
         "gpu_memory_utilization": placement.memory_share or config.gpu_memory_utilization,
         "enable_prefix_caching": config.enable_prefix_caching,
         "enforce_eager": config.enforce_eager,
@@ -153,8 +153,3 @@ def _engine_args(config: ServeConfig, placement: Placement) -> dict[str, str | i
     if placement.kv_bytes is not None:
         arguments["kv_cache_memory_bytes"] = placement.kv_bytes
     return arguments
-
-
-def step_tokens(config: ServeConfig) -> int:
-    """Tokens per step: room for one of every sequence."""
-    return max(config.chunk_tokens, config.max_num_seqs)

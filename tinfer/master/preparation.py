@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 
 import click
 import msgspec
@@ -11,6 +12,7 @@ from tinfer.config import ServeConfig
 from tinfer.master import hub, plan
 from tinfer.master.conflicts import check_gpus
 from tinfer.master.cores import CoreClaims
+from tinfer.master.event_log import check_writable
 from tinfer.master.hub_fetch import fetch
 from tinfer.master.limits import client_descriptors, raise_descriptor_limit
 from tinfer.master.listener import bind
@@ -48,16 +50,20 @@ def dry_run(config: ServeConfig) -> Plan:
 
 
 def _decide(config: ServeConfig, claims: CoreClaims) -> tuple[ServeConfig, Decision]:
+    if config.event_log is not None:
+        check_writable(Path(config.event_log))
     around = plan.look_around(config, claims)
     decision = plan.decide(config, around)
     tuning = stored_tuning(config, decision, around.gpus)
     decision = msgspec.structs.replace(decision, tuning=tuning)
-    if tuning is not None and config.chunk_size == "auto" and not config.max_num_batched_tokens:
-        chunk_tokens = tuning.chunk.chunk_tokens
-        config = msgspec.structs.replace(config, chunk_size=str(chunk_tokens))
+    tuned = config.with_measured_chunk(None if tuning is None else tuning.chunk.chunk_tokens)
+    if tuned != config:
+        config = tuned
         if around.gpus:  # a larger step leaves less room for KV
             decision = plan.decide(config, around)
-        reason = f"chunks of {chunk_tokens} tokens and the costs of a step are what tune measured"
+        reason = (
+            f"chunks of {config.chunk_size} tokens and the costs of a step are what tune measured"
+        )
         shown = msgspec.structs.replace(decision.plan, reasons=(*decision.plan.reasons, reason))
         decision = msgspec.structs.replace(decision, plan=shown, tuning=tuning)
     check_gpus(decision.placements)

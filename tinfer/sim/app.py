@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -15,7 +14,6 @@ from tqdm import tqdm
 
 import tinfer
 from tinfer.config import ServeConfig
-from tinfer.errors import StartError
 from tinfer.sim import report
 from tinfer.sim.arms import SPLIT_FROM_TOKENS, Arm, SchedulerOf, baseline_arm, run_arm, tinfer_arm
 from tinfer.sim.baselines import unloaded_slos
@@ -58,7 +56,6 @@ def run(options: SimulateOptions, scheduler_of: SchedulerOf) -> int:
     0: all runs went to their end; 1: in one of them a request is never answered, which is said.
     Raises `StartError` for what cannot be simulated, `OSError` where a result cannot be written.
     """
-    check_output(options.json_path)
     try:
         result, runs = simulated(options, scheduler_of)
     except SimulationError as error:
@@ -106,15 +103,6 @@ def arms_of(options: SimulateOptions, scheduler_of: SchedulerOf) -> list[Arm]:
     return [mine, *beside]
 
 
-def check_output(json_path: str | None) -> None:
-    """What would fail after all the work fails before it. Raises `StartError`."""
-    if json_path in (None, "-"):
-        return
-    path = Path(str(json_path))
-    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise StartError(f"cannot write {path}")
-
-
 def write(result: Mapping[str, Any], json_path: str | None, lines: Iterable[str]) -> None:
     """The result as JSON to a file beside the lines, or alone where the path is `-`."""
     whole = {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "version": tinfer.__version__, **result}
@@ -136,7 +124,7 @@ def _settings(options: SimulateOptions) -> dict[str, Any]:
         "requests": options.source.name,
         "box": f"{options.box.name} ({options.box.source})",
         "source": source,
-        "config": simulated_fields(options.config),
+        "config": simulated_fields(options.config.with_measured_chunk(options.box.chunk_tokens)),
         "engine": msgspec.to_builtins(options.box.decode),
         "baselines": options.baselines,
         "split_from_tokens": options.split_from_tokens,

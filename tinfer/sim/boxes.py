@@ -110,24 +110,22 @@ def with_noise(box: Box, noise: float) -> Box:
 def workers_of(
     box: Box, num_prefill: int, num_decode: int, config: ServeConfig
 ) -> tuple[WorkerSpec, ...]:
-    """tinfer's workers, with the step sizes that the options say. Raises `StartError`."""
+    """tinfer's workers, with the step sizes that the options say, or else what was measured."""
+    config = config.with_measured_chunk(box.chunk_tokens)
     prefill, decode = (_worker_engine(one, config) for one in (box.prefill, box.decode))
     return presets.workers(prefill, num_prefill, decode, num_decode)
 
 
 def _worker_engine(engine: EngineSpec, config: ServeConfig) -> EngineSpec:
     """Ours gives way by progress; what else a step may hold is the options' business."""
-    try:
-        return replace(
-            engine,
-            victim="least-progress",
-            prefill_order="srpt" if config.prefill_policy == "srpt" else "fcfs",
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.chunk_tokens,
-            prefix_caching=config.enable_prefix_caching,
-        )
-    except ValueError as error:
-        raise StartError(f"bad option: {error}") from error
+    return replace(
+        engine,
+        victim="least-progress",
+        prefill_order="srpt" if config.prefill_policy == "srpt" else "fcfs",
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.step_tokens,
+        prefix_caching=config.enable_prefix_caching,
+    )
 
 
 def paper_vllm_of(box: Box, num_engines: int) -> EngineSpec:

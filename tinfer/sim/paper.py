@@ -23,6 +23,8 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from tinfer.config import ServeConfig
+from tinfer.core.policies.decode import anywhere
+from tinfer.core.policies.interfaces import Admits
 from tinfer.core.policies.registry import DECODE_CHOICES
 from tinfer.core.requests import Request as CoreRequest
 from tinfer.core.types import Role, SchedulerConfig
@@ -263,9 +265,12 @@ class Imbalance:
     """The paper's worst case: every heavy decode on one worker, the light ones on the others."""
 
     def choose(
-        self, request: CoreRequest, candidates: Sequence[Worker], now_s: float
+        self, request: CoreRequest, candidates: Sequence[Worker], admits: Admits = anywhere
     ) -> Worker | None:
-        first, *others = sorted(candidates, key=lambda worker: worker.id)
+        admitted = sorted(filter(admits, candidates), key=lambda worker: worker.id)
+        if not admitted:
+            return None
+        first, *others = admitted
         if request.lengths.is_heavy or not others:
             return first
         return min(others, key=lambda worker: (worker.num_seqs, worker.id))
@@ -278,9 +283,10 @@ class AtRandom:
         self._rng = random.Random(f"tinfer paper random {seed}")
 
     def choose(
-        self, request: CoreRequest, candidates: Sequence[Worker], now_s: float
+        self, request: CoreRequest, candidates: Sequence[Worker], admits: Admits = anywhere
     ) -> Worker | None:
-        return self._rng.choice(list(candidates))
+        admitted = list(filter(admits, candidates))
+        return self._rng.choice(admitted) if admitted else None
 
 
 def register_choices() -> None:

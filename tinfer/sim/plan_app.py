@@ -28,7 +28,7 @@ from msgspec import Struct
 from tinfer.config import ServeConfig
 from tinfer.errors import StartError
 from tinfer.sim import planner, report
-from tinfer.sim.app import check_output, simulated_fields, write
+from tinfer.sim.app import simulated_fields, write
 from tinfer.sim.arms import SchedulerOf
 from tinfer.sim.boxes import Box
 from tinfer.sim.parallel import default_jobs, done_in_parallel
@@ -73,7 +73,6 @@ def run(options: PlanOptions, scheduler_of: SchedulerOf) -> int:
     with what was found by then reported. Raises `StartError` for what cannot be planned, and
     `OSError` where a result cannot be written.
     """
-    check_output(options.json_path)
     tasks = tasks_of(options, scheduler_of)
     found: list[Ranked] = []
     interrupted = False

@@ -92,7 +92,7 @@ def candidates(
     for box in boxes:
         num_workers = num_gpus // box.num_devices
         if num_workers < 1:
-            raise StartError(f"{box.name} needs {box.num_devices} GPUs per worker")
+            raise StartError(f"{box.name} needs {box.num_devices} GPUs per worker: --gpus is less")
         arms = [replicas_arm(box, num_workers, tokens) for tokens in REPLICA_STEPS]
         # Of equal engines one, by the first of their names.
         by_engine = {arm.engine: arm for arm in reversed(arms)}
@@ -135,13 +135,7 @@ def configured(config: ServeConfig, words: Mapping[str, Any]) -> ServeConfig:
     for name in words:
         if name not in ServeConfig.__struct_fields__:
             raise StartError(f"tinfer serve has no option --{name.replace('_', '-')}")
-    try:
-        given = msgspec.convert(
-            {**msgspec.structs.asdict(config), **words}, ServeConfig, strict=False
-        )
-    except msgspec.ValidationError as error:
-        raise StartError(f"bad option: {error}") from error
-    return load(msgspec.structs.asdict(given))
+    return load({**msgspec.structs.asdict(config), **words}, strict=False)
 
 
 def serve_line(config: ServeConfig) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from tinfer.tune.points import StepPoint
+from tinfer.tune.points import Positive, StepPoint
 
 SATURATED_SHARE = 0.95
 MIN_CHUNK_TOKENS = 128
@@ -26,8 +26,8 @@ class Chunk(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     grow beyond it.
     """
 
-    threshold_tokens: int
-    chunk_tokens: int
+    threshold_tokens: Positive
+    chunk_tokens: Positive
     best_tokens_per_s: float
     is_saturated: bool
 

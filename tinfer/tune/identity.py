@@ -10,6 +10,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from tinfer.errors import StartError
+from tinfer.tune.points import Positive
 
 CONFIG_NAME = "config.json"
 FAKE_DEVICE = "fake engine"
@@ -30,7 +31,7 @@ class Identity(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     model_hash: str
     weights_bytes: int
     dtype: str
-    tensor_parallel_size: int
+    tensor_parallel_size: Positive
     is_eager: bool
 
     @property

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from typing import Literal
+from typing import Annotated, Literal
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
+Positive = Annotated[int, Meta(ge=1)]
 StepKind = Literal["prefill", "later-chunk", "decode", "mixed"]
 
 
@@ -68,13 +69,13 @@ class KvRoom(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     buffer, on all ranks together, and `bytes_per_token` what a token takes of it.
     """
 
-    num_blocks: int
-    block_tokens: int
+    num_blocks: Positive
+    block_tokens: Positive
     kv_bytes: int
     bytes_per_token: float
-    max_num_seqs: int
-    max_model_len: int
-    step_tokens: int
+    max_num_seqs: Positive
+    max_model_len: Positive
+    step_tokens: Positive
 
     @property
     def num_tokens(self) -> int:

@@ -29,6 +29,8 @@ class Tuning(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     a worker spends between two steps on messages; it is part of every sample of a step.
     `waited_share` is the share of its time in which the worker wanted to run and its core was given
     to something else; that time is not in the samples.
+
+    Raises `ValueError` for costs by which a step takes no time.
     """
 
     version: int = VERSION
@@ -46,6 +48,10 @@ class Tuning(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     handoffs: tuple[HandoffPoint, ...]
     fit: Fit
     chunk: Chunk
+
+    def __post_init__(self) -> None:
+        if min(self.costs.prefill_s(1, 1), self.costs.decode_step_s(1, 1)) <= 0.0:
+            raise ValueError("a step takes no time by its costs")
 
     @property
     def costs(self) -> CostModel:

@@ -6,6 +6,8 @@ leaves an empty worker open to a request larger than all of it: the engine has t
 
 from __future__ import annotations
 
+import math
+
 from tinfer.core.requests import Request
 from tinfer.core.worker import Worker
 
@@ -40,24 +42,27 @@ class ReserveDynamic:
             return False
         if not worker.requests:
             return True
-        shortest, first_ends = None, float("inf")
-        used_tokens = 0
+        # It has to fit now as well: blocks for its prompt are taken at once.
+        if not _fits(request.prompt_tokens + 1, worker):
+            return False
+        used_tokens, first_ends, shortest_tokens = 0, math.inf, 0
         for one in worker.requests.values():
             if one.parked_tokens is not None:
                 continue
             generated = worker.generated_tokens(one)
-            left = max(1, one.lengths.low - generated)
-            used_tokens += one.prompt_tokens + generated
+            tokens = one.prompt_tokens + generated
+            used_tokens += tokens
+            left = one.lengths.points[0] - generated
+            if left < 1:
+                left = 1
             if left < first_ends:
-                first_ends, shortest = left, one.prompt_tokens + generated
-        if shortest is None:
+                first_ends, shortest_tokens = left, tokens
+        if first_ends == math.inf:
             return True
         grown_tokens = int(first_ends) * (worker.num_seqs - 1)
-        then_tokens = used_tokens - shortest + grown_tokens
+        then_tokens = used_tokens - shortest_tokens + grown_tokens
         mine_tokens = request.prompt_tokens + min(int(first_ends), request.lengths.low)
-        # It has to fit now as well: blocks for its prompt are taken at once.
-        fits_now = _fits(request.prompt_tokens + 1, worker)
-        return fits_now and then_tokens + mine_tokens <= worker.capacity_tokens
+        return then_tokens + mine_tokens <= worker.capacity_tokens
 
 
 class Peak:

@@ -44,10 +44,9 @@ CROWDING_PART = 0.25
 
 
 class Way(NamedTuple):
-    """One way to compute a request; of two that cost the same, the one with less moving."""
+    """One way to compute a request."""
 
     cost_s: float
-    num_moves: int
     placement: Placement
 
 
@@ -63,19 +62,20 @@ class AutoPlacer:
     def place(
         self, request: Request, fleet: Fleet, ahead_tokens: int, now_s: float
     ) -> Placement | None:
+        if not any(worker.takes(request) for worker in fleet.workers):
+            return None
         ahead_tokens //= max(1, fleet.num_taking)
-        shares = self._prefill_shares(fleet, now_s)
-        starts = {
-            worker.id: prefill_cost_s(request, worker, ahead_tokens, shares[worker.id])
-            for worker in fleet.workers
-        }
+        takers_share, others_share = self._prefill_shares(fleet, now_s)
+        starts, decodes = {}, {}
+        for one in fleet.workers:
+            share = takers_share if one.role is Role.PREFILL else others_share
+            starts[one.id] = prefill_cost_s(request, one, ahead_tokens, share)
+            decodes[one.id] = decode_cost_s(request, one, share)
         if request.max_output_tokens == 1:
             worker = min(fleet.workers, key=lambda one: (starts[one.id], one.id))
             return Placement(Route.WHOLE, worker) if worker.takes(request) else None
-        decodes = {one.id: decode_cost_s(request, one, shares[one.id]) for one in fleet.workers}
-        whole = self._best_whole(request, fleet, starts, decodes, now_s)
-        split = self._best_split(request, fleet, starts, decodes)
-        best = min((one for one in (whole, split) if one is not None), default=None)
+        best = self._best_whole(request, fleet, starts, decodes, now_s)
+        best = self._best_split(request, fleet, starts, decodes, best)
         if best is None or not best.placement.worker.takes(request):
             return None
         return best.placement
@@ -98,7 +98,7 @@ class AutoPlacer:
                 continue
             cost_s = least_s + crowding_s(request, worker)
             if best is None or cost_s < best.cost_s:
-                best = Way(cost_s, 0, Placement(Route.WHOLE, worker))
+                best = Way(cost_s, Placement(Route.WHOLE, worker))
         return best
 
     def _best_split(
@@ -107,40 +107,43 @@ class AutoPlacer:
         fleet: Fleet,
         starts: Mapping[str, float],
         decodes: Mapping[str, float],
+        best: Way | None,
     ) -> Way | None:
-        """On two: what the first costs does not depend on the second, but for who may read it."""
-        best: Way | None = None
-        for role in {source.role for source in fleet.split_sources}:
+        """On two, or `best` where that costs no more and so moves nothing for nothing.
+
+        What the first worker costs does not depend on the second, but for who may read it.
+        """
+        for role in dict.fromkeys(source.role for source in fleet.split_sources):
             sources = [one for one in fleet.split_sources if one.role is role]
             source = min(sources, key=lambda one: (starts[one.id], one.id))
-            readers = [one for one in fleet.readers(role) if one is not source]
-            decode_s: float | None = None
-            for least_s, _, reader in sorted((decodes[one.id], one.id, one) for one in readers):
-                if decode_s is not None and decode_s <= least_s:
-                    break
-                cost_s = least_s + crowding_s(request, reader)
-                decode_s = cost_s if decode_s is None else min(decode_s, cost_s)
-            if decode_s is None:
-                continue
             moving_s = source.costs.handoff_total_s(request.prompt_tokens)
-            cost_s = starts[source.id] + decode_s + moving_s
-            if best is None or cost_s < best.cost_s:
-                best = Way(cost_s, 1, Placement(Route.SPLIT, source))
+            start_s = starts[source.id] + moving_s
+            readers = [
+                (decodes[one.id], one.id, one) for one in fleet.readers(role) if one is not source
+            ]
+            for least_s, _, reader in sorted(readers):
+                if best is not None and best.cost_s <= start_s + least_s:
+                    break
+                cost_s = start_s + least_s + crowding_s(request, reader)
+                if best is None or cost_s < best.cost_s:
+                    best = Way(cost_s, Placement(Route.SPLIT, source))
         return best
 
-    def _prefill_shares(self, fleet: Fleet, now_s: float) -> dict[str, float]:
-        """Of each worker's time, what prompts will take if they gather on prefill workers.
+    def _prefill_shares(self, fleet: Fleet, now_s: float) -> tuple[float, float]:
+        """What prompts will take of a prefill worker's time and of another's, if they gather on
+        prefill workers, or without any of those on all.
 
         What those cannot take, at `FULL_SHARE` of their time, the others share.
         """
         _, prompt_rate, _ = self._demand.rates(now_s)
         takers = [one for one in fleet.workers if one.role is Role.PREFILL] or fleet.workers
-        others = [one for one in fleet.workers if one not in takers]
-        wanted = sum(one.costs.prefill_token_s * one.pace for one in takers) / len(takers)
+        num_takers, num_others = len(takers), len(fleet.workers) - len(takers)
+        wanted = sum([one.costs.prefill_token_s * one.pace for one in takers]) / num_takers
         wanted *= prompt_rate
-        taken = min(FULL_SHARE, wanted / len(takers))
-        left = min(FULL_SHARE, max(0.0, wanted - taken * len(takers)) / max(1, len(others)))
-        return {one.id: taken if one in takers else left for one in fleet.workers}
+        taken = min(FULL_SHARE, wanted / num_takers)
+        if not num_others:
+            return taken, taken
+        return taken, min(FULL_SHARE, max(0.0, wanted - taken * num_takers) / num_others)
 
 
 def prefill_cost_s(

@@ -5,15 +5,22 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from tinfer.core.policies.interfaces import Admits
 from tinfer.core.requests import Request
 from tinfer.core.worker import Worker
+
+
+def anywhere(worker: Worker) -> bool:
+    return True
 
 
 class LeastKv:
     """The worker with the smallest part of its KV blocks spoken for, then the fewest sequences."""
 
-    def choose(self, request: Request, candidates: Sequence[Worker], now_s: float) -> Worker | None:
-        return min(candidates, key=_kv_load)
+    def choose(
+        self, request: Request, candidates: Sequence[Worker], admits: Admits = anywhere
+    ) -> Worker | None:
+        return min(filter(admits, candidates), key=_kv_load, default=None)
 
 
 class PowerOfTwo:
@@ -28,10 +35,15 @@ class PowerOfTwo:
     def __init__(self, seed: int) -> None:
         self._rng = random.Random(f"power of two {seed}")
 
-    def choose(self, request: Request, candidates: Sequence[Worker], now_s: float) -> Worker | None:
+    def choose(
+        self, request: Request, candidates: Sequence[Worker], admits: Admits = anywhere
+    ) -> Worker | None:
+        admitted = [worker for worker in candidates if admits(worker)]
+        if not admitted:
+            return None
         needed_tokens = request.prompt_tokens + request.lengths.low
-        alpha = [worker for worker in candidates if needed_tokens <= worker.free_tokens]
-        drawn_from = alpha or list(candidates)
+        alpha = [worker for worker in admitted if needed_tokens <= worker.free_tokens]
+        drawn_from = alpha or admitted
         drawn = self._rng.sample(drawn_from, min(2, len(drawn_from)))
         return min(drawn, key=lambda worker: (heavy_to_light(worker), *_kv_load(worker)))
 
@@ -44,17 +56,29 @@ class Projected:
     what overflows is computed twice.
     """
 
-    def choose(self, request: Request, candidates: Sequence[Worker], now_s: float) -> Worker | None:
-        return min(candidates, key=lambda worker: (added_cost(request, worker), worker.id))
+    def choose(
+        self, request: Request, candidates: Sequence[Worker], admits: Admits = anywhere
+    ) -> Worker | None:
+        """How full a cache gets takes longest to say and only adds: it is looked at last."""
+        best: tuple[float, str, Worker] | None = None
+        for least, _, worker in sorted(
+            (step_cost(request, one), one.id, one) for one in candidates
+        ):
+            if best is not None and best[0] < least:
+                break
+            if admits(worker):
+                cost = (least + crowding(request, worker), worker.id, worker)
+                best = cost if best is None else min(best, cost)
+        return None if best is None else best[2]
 
 
-def added_cost(request: Request, worker: Worker) -> float:
+def step_cost(request: Request, worker: Worker) -> float:
     """In steps of one sequence alone: its own step there, and what it adds to its neighbours'."""
     costs = worker.costs
     added_s = costs.decode_seq_s + costs.kv_token_s * request.prompt_tokens
     both_s = worker.coming_step_s + added_s + worker.num_decoding * added_s
     alone_s = costs.decode_step_s(1, request.prompt_tokens)
-    return both_s * worker.pace / alone_s + crowding(request, worker)
+    return both_s * worker.pace / alone_s
 
 
 def crowding(request: Request, worker: Worker) -> float:

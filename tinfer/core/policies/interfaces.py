@@ -7,7 +7,7 @@ at random gets its own seeded generator when it is built.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from tinfer.core.demand import Demand
@@ -16,6 +16,8 @@ from tinfer.core.policies.flips import Flip
 from tinfer.core.requests import Request
 from tinfer.core.types import Route
 from tinfer.core.worker import Worker
+
+Admits = Callable[[Worker], bool]
 
 
 class PrefillOrder(Protocol):
@@ -46,6 +48,15 @@ class WorkerChoice(Protocol):
 
     def choose(
         self, request: Request, candidates: Sequence[Worker], now_s: float
+    ) -> Worker | None: ...
+
+
+class ReaderChoice(Protocol):
+    """Which of the workers that could decode a request gets it, of those that admit it; None where
+    none does. There is at least one candidate."""
+
+    def choose(
+        self, request: Request, candidates: Sequence[Worker], admits: Admits = ...
     ) -> Worker | None: ...
 
 

@@ -20,6 +20,7 @@ from tinfer.core.policies.interfaces import (
     Placer,
     PreemptionPolicy,
     PrefillOrder,
+    ReaderChoice,
     WorkerChoice,
 )
 from tinfer.core.policies.orders import Batched, Fcfs, Srpt
@@ -44,7 +45,7 @@ START_CHOICES: dict[str, Factory[WorkerChoice]] = {
     "least-loaded": lambda config: LeastLoaded(),
     "earliest-finish": lambda config: EarliestFinish(),
 }
-DECODE_CHOICES: dict[str, Factory[WorkerChoice]] = {
+DECODE_CHOICES: dict[str, Factory[ReaderChoice]] = {
     "least-kv": lambda config: LeastKv(),
     "power-of-two": lambda config: PowerOfTwo(config.seed),
     "projected": lambda config: Projected(),
@@ -82,7 +83,7 @@ class Policies:
     wish: Route | None
     queues: Mapping[Route | None, PrefillOrder]
     placers: Mapping[Route | None, Placer]
-    decode_choice: WorkerChoice
+    decode_choice: ReaderChoice
     decode_admission: DecodeAdmission
     preemption: PreemptionPolicy
     budget: BudgetPolicy
