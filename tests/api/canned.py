@@ -130,7 +130,10 @@ class CannedService:
         return {"workers": []}
 
     def ask_role(self, worker_id: str, role: Role) -> None:
-        raise InvalidRequest(f"{worker_id} stays as it is: it is the only {role.value} worker")
+        """There is one worker of each role, so none can change."""
+        if worker_id not in ("prefill-0", "decode-0"):
+            raise InvalidRequest(f"there is no worker {worker_id!r}", param="worker")
+        raise InvalidRequest(f"it is the only one that is no {role.value} worker", param="role")
 
     def all_released(self) -> bool:
         """Every stream was read to its end or cancelled."""

@@ -13,6 +13,7 @@ from tinfer.api.fields import IGNORED_HEADER
 
 COMPLETIONS = "/v1/completions"
 CHATS = "/v1/chat/completions"
+ROLE = "/debug/role"
 
 
 @pytest.mark.parametrize(
@@ -85,6 +86,11 @@ async def test_templates_of_trusted_clients(server: Server) -> None:
         ("GET", "/v1/models/other", 404, "NotFoundError"),
         ("GET", COMPLETIONS, 405, "MethodNotAllowedError"),
         ("POST", "/health", 405, "MethodNotAllowedError"),
+        ("GET", ROLE, 405, "MethodNotAllowedError"),
+        ("POST", "/debug/state", 405, "MethodNotAllowedError"),
+        ("POST", "/debug/ledger", 405, "MethodNotAllowedError"),
+        ("GET", "/debug", 404, "NotFoundError"),
+        ("GET", "/debug/state/decode-0", 404, "NotFoundError"),
     ],
 )
 async def test_wrong_paths(server: Server, method: str, path: str, status: int, kind: str) -> None:
@@ -95,13 +101,55 @@ async def test_wrong_paths(server: Server, method: str, path: str, status: int, 
         assert ("Allow" in response.headers) == (status == 405)
 
 
-@pytest.mark.parametrize("data", [b"{", b"", b"\xff", b"[" * 50_000])
-async def test_bodies_that_are_not_json(server: Server, data: bytes) -> None:
+NO_JSON = (b"{", b"", b"\xff", b'{"worker": "\xff"}', b"[" * 50_000)
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, ROLE])
+@pytest.mark.parametrize("data", NO_JSON)
+async def test_bodies_that_are_not_json(server: Server, path: str, data: bytes) -> None:
     async with server.session.post(
-        server.url + COMPLETIONS, data=data, headers={"Content-Type": "application/json"}
+        server.url + path, data=data, headers={"Content-Type": "application/json"}
     ) as response:
         assert response.status == 400
         assert (await response.json())["error"]["type"] == "BadRequestError"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "worker"),
+        ({"role": "decode"}, "worker"),
+        ({"worker": "decode-0"}, "role"),
+        ({"worker": 0, "role": "decode"}, "worker"),
+        ({"worker": None, "role": "decode"}, "worker"),
+        ({"worker": "", "role": "decode"}, "worker"),
+        ({"worker": "decode-7", "role": "prefill"}, "worker"),
+        ({"worker": "decode-0", "role": "king"}, "role"),
+        ({"worker": "decode-0", "role": "whole"}, "role"),
+        ({"worker": "decode-0", "role": "Prefill"}, "role"),
+        ({"worker": "decode-0", "role": 1}, "role"),
+        ({"worker": "decode-0", "role": ["prefill"]}, "role"),
+        ({"worker": "decode-0", "role": "prefill"}, "role"),
+        ({"worker": "decode-0", "role": "prefill", "when": "now"}, "when"),
+    ],
+)
+async def test_refused_roles(server: Server, body: dict[str, Any], param: str) -> None:
+    status, error = await server.refused(ROLE, **body)
+    assert (status, error["type"], error["param"]) == (400, "BadRequestError", param)
+
+
+@pytest.mark.parametrize("data", [b"[]", b'"decode-0"', b"null", b"1"])
+async def test_wishes_that_are_no_object(server: Server, data: bytes) -> None:
+    async with server.session.post(server.url + ROLE, data=data) as response:
+        assert response.status == 400
+        error = (await response.json())["error"]
+        assert error["type"] == "BadRequestError" and "object" in error["message"]
+
+
+@pytest.mark.parametrize("query", ["?limit=none", "?worker=nobody", "?%ff"])
+async def test_the_state_takes_no_query(server: Server, query: str) -> None:
+    async with server.session.get(f"{server.url}/debug/state{query}") as response:
+        assert (response.status, await response.json()) == (200, {"workers": []})
 
 
 async def test_other_content_types(server: Server) -> None:
@@ -111,8 +159,9 @@ async def test_other_content_types(server: Server) -> None:
 
 @pytest.mark.parametrize("options", [{"max_body_bytes": 1000}], indirect=True)
 async def test_large_bodies(server: Server) -> None:
-    status, error = await server.refused(COMPLETIONS, prompt="x" * 2000)
-    assert (status, error["type"]) == (413, "RequestTooLargeError")
+    for path, field in ((COMPLETIONS, "prompt"), (ROLE, "worker")):
+        status, error = await server.refused(path, **{field: "x" * 2000})
+        assert (status, error["type"]) == (413, "RequestTooLargeError")
 
 
 @pytest.mark.parametrize("stream", [False, True])

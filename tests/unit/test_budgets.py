@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,12 @@ def test_the_unfinished_word_list_finds_its_words() -> None:
     assert UNFINISHED.findall("# TO" + "DO: later") == ["TO" + "DO"]
     assert UNFINISHED.findall("raise NotImplemented" + "Error") == ["NotImplemented" + "Error"]
     assert UNFINISHED.findall("todo = 1; pytest.skipped") == []
+
+
+def test_every_folder_of_tests_has_a_time_budget_and_no_other() -> None:
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
+    budgets = tomllib.loads((ROOT / "tests" / "budgets.toml").read_text())
+    assert budgets.keys() == folders
+    for budget in budgets.values():
+        assert {"wall_s"} <= budget.keys() <= {"wall_s", "timeout_s"}
+        assert 0 < budget.get("timeout_s", 1) <= budget["wall_s"]

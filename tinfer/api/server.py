@@ -9,19 +9,19 @@ import functools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Literal
 
-import msgspec
 from aiohttp import web
 from msgspec import Struct
 
 from tinfer.api import chat, completions, tokenize
 from tinfer.api.context import Api
+from tinfer.api.decode import BodyDecoder
 from tinfer.api.failures import error_middleware, json_response
 from tinfer.api.options import ApiOptions
 from tinfer.api.render import Renderer
 from tinfer.api.responses import ModelList, ModelObject, ModelPermission, new_id
 from tinfer.api.service import Service
 from tinfer.core.types import Role
-from tinfer.errors import InvalidRequest, ModelNotFound
+from tinfer.errors import ModelNotFound
 
 ApiHandler = Callable[[Api, web.Request], Awaitable[web.StreamResponse]]
 
@@ -111,11 +111,11 @@ class RoleWish(Struct, forbid_unknown_fields=True):
     role: Literal["prefill", "decode"]
 
 
+_ROLE_WISHES = BodyDecoder(RoleWish, strict=True)
+
+
 async def _role(api: Api, request: web.Request) -> web.Response:
     """202: it takes the role once it has drained, which `/debug/state` shows."""
-    try:
-        wish = msgspec.json.decode(await request.read(), type=RoleWish)
-    except msgspec.DecodeError as error:
-        raise InvalidRequest(str(error)) from error
+    wish, _ = _ROLE_WISHES.decode(await request.read())
     api.service.ask_role(wish.worker, Role(wish.role))
     return web.json_response({"worker": wish.worker, "role": wish.role}, status=202)

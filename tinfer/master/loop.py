@@ -166,7 +166,8 @@ class Dispatcher:
         self._refused_role = None
         self._post(events.RoleAsked(*worker, role))
         if self._refused_role is not None:
-            raise InvalidRequest(f"worker {worker.worker_id} stays as it is: {self._refused_role}")
+            message = f"worker {worker.worker_id} stays as it is: {self._refused_role}"
+            raise InvalidRequest(message, param="role")
 
     def _bereave(self, dead: Incarnation) -> None:
         """Forget what only a dead worker still had a part in."""

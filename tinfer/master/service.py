@@ -90,7 +90,8 @@ class MasterService:
         slot = self._supervisor.slots.get(worker_id)
         if slot is None:
             known = ", ".join(sorted(self._supervisor.slots))
-            raise InvalidRequest(f"there is no worker {worker_id!r}; there are: {known}")
+            message = f"there is no worker {worker_id!r}; there are: {known}"
+            raise InvalidRequest(message, param="worker")
         self._dispatcher.ask_role(Incarnation(worker_id, slot.generation), role)
 
     def state(self) -> dict[str, Any]:
