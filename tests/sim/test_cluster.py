@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -23,9 +24,9 @@ from tinfer.sim.cluster import Cluster, simulate
 from tinfer.sim.engine import SimEngine
 from tinfer.sim.jobs import Output, Ticket
 from tinfer.sim.results import SimRun
-from tinfer.sim.spec import SimRequest, SimSpec, WorkerSpec
+from tinfer.sim.spec import TICK_S, SimRequest, SimSpec, WorkerSpec
 from tinfer.sim.workload import sim_requests
-from tinfer.sim.world import SimulationError, World
+from tinfer.sim.world import SETTLED_AFTER_S, SimulationError, World
 from tinfer.workloads import WorkloadSpec, make
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -381,6 +382,19 @@ def test_a_request_that_is_never_answered_is_an_error(tick_s: float | None) -> N
         world.run(Deaf())
 
 
+def test_a_long_silence_is_not_ticked_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    apart_s = 1e6 + TICK_S / 2
+    requests = (request("a"), request("b", at_s=apart_s))
+    spec = SimSpec(workers=box("pd"), requests=requests, message_s=0.25)
+    log = recorded(monkeypatch, spec)
+    ticks_s = [now_s for now_s, event, _ in log if isinstance(event, ev.Tick)]
+    assert len(ticks_s) < 1.2 * SETTLED_AFTER_S / TICK_S
+    # The tick before the next arrival is not left out.
+    assert max(at_s for at_s in ticks_s if at_s < apart_s) > apart_s - 2 * TICK_S
+    first, second = simulate(spec).requests
+    assert first.ttft_s == second.ttft_s and second.ok
+
+
 def test_a_second_end_is_an_error() -> None:
     world = World([SimEngine(SPEC)], [request("a")], message_s=0.0)
     world.end(world.tickets[0], 1.0)
@@ -407,6 +421,9 @@ def test_specs_that_make_no_sense_are_errors() -> None:
         simulate(SimSpec(workers=box("p") + box("p"), requests=(asked,)))
     with pytest.raises(ValueError, match="same request_id"):
         simulate(SimSpec(workers=box("pd"), requests=(asked, asked)))
+    for at_s in (1e300, math.inf, math.nan, -1.0):
+        with pytest.raises(ValueError, match="a arrives at"):
+            simulate(SimSpec(workers=box("pd"), requests=(replace(asked, arrival_s=at_s),)))
 
 
 def test_no_requests_give_an_empty_run() -> None:

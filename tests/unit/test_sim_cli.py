@@ -364,6 +364,7 @@ def test_a_log_is_played_once_more_at_another_speed(tmp_path: Path) -> None:
     ("words", "told"),
     [
         (["--workload", "none"], "no workload is called none"),
+        (["--request-rate", "1e-300"], "arrives at 1.89802e+299 s"),
         (["--baseline", "best"], "no baseline is called best"),
         (["--prefill", "0", "--decode", "2", "--baseline", "hybrid"], "hybrid needs"),
         (["--workload", "burst", "--workload-option", "cv=-1"], "burst"),
@@ -374,6 +375,18 @@ def test_what_cannot_be_simulated_is_one_line(words: list[str], told: str) -> No
     result = invoke("simulate", "--num-requests", "2", *words)
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1 and told in result.stderr
+
+
+def test_a_log_of_more_time_than_can_be_simulated(tmp_path: Path) -> None:
+    log = tmp_path / "requests.jsonl"
+    record = LogRecord(
+        request_id="a", arrival_s=0.0, prompt_tokens=5, max_output_tokens=5, output_tokens=5
+    )
+    write_log(log, [record, replace(record, request_id="b", arrival_s=1e300)])
+    for words in (["simulate"], ["plan", "--gpus", "2"]):
+        result = invoke(*words, "--log", str(log))
+        assert result.exit_code == 2
+        assert result.stderr.count("\n") == 1 and "b arrives at 1e+300 s" in result.stderr
 
 
 def test_a_log_that_is_none(tmp_path: Path) -> None:

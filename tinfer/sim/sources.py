@@ -10,6 +10,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from tinfer.errors import StartError
+from tinfer.sim.spec import check_arrival
 from tinfer.workloads import (
     WORKLOADS,
     Limits,
@@ -49,9 +50,10 @@ class Source(Struct, frozen=True, kw_only=True):
 def requests_of(source: Source) -> list[Request]:
     """The requests. Raises `StartError` for what there is not, or what makes no sense."""
     try:
-        if source.log is not None:
-            return _from_log(source)
-        return make(_spec(source))
+        requests = make(_spec(source)) if source.log is None else _from_log(source)
+        for one in requests:
+            check_arrival(one.request_id, one.arrival_s)
+        return requests
     except ValueError as error:
         raise StartError(f"{source.name}: {error}") from error
     except OSError as error:

@@ -23,6 +23,8 @@ MESSAGE_S = 0.0002
 # How often the master looks at time passing. Source: load reports come every 100 ms in the paper
 # (arXiv 2401.11181, section 3.2).
 TICK_S = 0.1
+# About 30 years. Beyond it the sums of such a time and a message's are no longer exact.
+LATEST_ARRIVAL_S = 1e9
 
 
 class SimRequest(Struct, frozen=True, kw_only=True):
@@ -43,6 +45,15 @@ class SimRequest(Struct, frozen=True, kw_only=True):
     block_hashes: tuple[int, ...] = ()
     route: Route | None = None
     patience_s: float | None = None
+
+
+def check_arrival(request_id: str, arrival_s: float) -> None:
+    """Raises `ValueError` for a time that cannot be simulated."""
+    if not 0.0 <= arrival_s <= LATEST_ARRIVAL_S:
+        raise ValueError(
+            f"{request_id} arrives at {arrival_s:g} s, which is not between 0 and "
+            f"{LATEST_ARRIVAL_S:g} s"
+        )
 
 
 class Predictor(Protocol):

@@ -15,11 +15,11 @@ from typing import Protocol
 
 from tinfer.sim.engine import SimEngine
 from tinfer.sim.jobs import Output, Ticket
-from tinfer.sim.spec import SimRequest
+from tinfer.sim.spec import SimRequest, check_arrival
 
-# Time in which nothing happens but ticks, after which waiting requests are given up as stuck: far
-# more than any policy waits for (the paper's watchdog takes a minute).
-STUCK_AFTER_S = 300.0
+# Time in which nothing happens but ticks, after which no tick changes anything any more: far more
+# than any policy waits for (the paper's watchdog takes a minute).
+SETTLED_AFTER_S = 300.0
 
 
 class SimulationError(RuntimeError):
@@ -64,6 +64,8 @@ class World:
         self.tickets = [Ticket(place, request) for place, request in enumerate(requests)]
         if len({request.request_id for request in requests}) < len(requests):
             raise ValueError("two requests have the same request_id")
+        for request in requests:
+            check_arrival(request.request_id, request.arrival_s)
         self.reprefills: list[Ticket] = []
         self.message_s = message_s
         self.seen_s = -math.inf
@@ -98,10 +100,10 @@ class World:
             now_s = min(heard_s, caller_s)
             if self.num_open and self._next_tick_s < now_s:
                 self._tick(driver)
-                if now_s == math.inf:
+                if engine_s == math.inf:
                     idle_s += self._tick_s or 0.0
-                if idle_s > STUCK_AFTER_S:
-                    self._stuck()
+                if idle_s > SETTLED_AFTER_S:
+                    self._skip_ticks(caller_s)
             elif now_s == math.inf:
                 break
             elif heard_s <= caller_s:
@@ -156,6 +158,14 @@ class World:
         self._next_tick_s += self._tick_s
         self.seen_s = max(self.seen_s, now_s - self.message_s)
         driver.ticked(now_s)
+
+    def _skip_ticks(self, until_s: float) -> None:
+        """Go on to the last tick before the next caller; who waits while none comes is stuck."""
+        if until_s == math.inf:
+            self._stuck()
+        assert self._tick_s is not None
+        num = math.floor((until_s - self._next_tick_s) / self._tick_s)
+        self._next_tick_s += max(0, num) * self._tick_s
 
     def _stuck(self) -> None:
         waiting = [ticket.request.request_id for ticket in self.tickets if not ticket.is_over]
