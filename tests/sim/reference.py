@@ -268,13 +268,7 @@ class Reference:
                 return not (has_preempted and chunks)
             victim = self.running[-1]
             if self.spec.victim == "least-progress":
-                victim = min(
-                    reversed(self.running),
-                    key=lambda s: (
-                        len(s.tokens_s),
-                        s.request.prompt_tokens if s.is_decoding else s.computed,
-                    ),
-                )
+                victim = min(self.running, key=lambda seq: (len(seq.tokens_s), -seq.number))
             self.running.remove(victim)
             self.release(victim)
             victim.is_decoding = False

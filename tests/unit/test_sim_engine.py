@@ -158,6 +158,16 @@ def test_the_victim_is_the_newest_or_the_least_progressed(victim: str, expected:
     assert lone.engine.take_preempted() == (expected,)
 
 
+def test_of_equally_progressed_ones_the_victim_is_the_youngest() -> None:
+    spec = replace(SPEC, num_blocks=6, max_num_batched_tokens=8, victim="least-progress")
+    lone = Lone(spec)
+    # Both decode from 1.75 on; a's third token after that and b's would each need a further block.
+    lone.start("a", prompt=2, out=5)
+    lone.start("b", prompt=4, out=5)
+    lone.run()
+    assert lone.engine.take_preempted() == ("b",)
+
+
 def test_what_lost_its_blocks_goes_before_what_waits() -> None:
     lone = Lone(replace(SPEC, num_blocks=4))
     lone.start("a", prompt=2, out=5)

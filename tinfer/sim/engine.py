@@ -365,15 +365,13 @@ class SimEngine:
         return bool(chunks), has_preempted
 
     def _choose_victim(self) -> Job:
-        newest_first = reversed(self._running)
         if self.spec.victim == "newest":
-            return next(newest_first)
-        return min(newest_first, key=self._progress)
+            return next(reversed(self._running))
+        return min(self._running, key=self._progress)
 
     def _progress(self, job: Job) -> tuple[int, int]:
-        if job.entry >= 0:
-            return self.batch.generated(job), job.prompt_tokens
-        return job.generated, job.computed
+        generated = self.batch.generated(job) if job.entry >= 0 else job.generated
+        return generated, -job.arrival
 
     def _preempt(self, job: Job) -> None:
         if job.entry >= 0:

@@ -73,17 +73,17 @@ class EngineSpec(Struct, frozen=True, kw_only=True):
     """One engine: what its steps cost and what it can hold. Names are vLLM's where it has them.
 
     `victim`: which running request gives way when blocks run out, the one admitted last (vLLM) or
-    the one with the fewest tokens generated (our scheduler subclass). `watermark`: share of the
-    blocks that stays free when a request is admitted beside others. `chunked_prefill` false: a
-    prompt is scheduled whole or not at all, and a step has only prompts or only decodes, prompts
-    first. `prefill_order`: which prompts a step computes first, those that run and then those that
-    wait (`fcfs`, vLLM), or of all of them those with the fewest tokens left (`srpt`).
-    `pads_chunks`: a step of prompts alone takes as long as one of `max_num_batched_tokens` prompt
-    tokens, the rest of which are zeros that look back at nothing. `prefill_tax`: by what share
-    prompts take longer, all of a step without decodes and what they add to one with (in the paper,
-    arXiv 2401.11181 section 5.2.2, a length predictor runs beside them). `noise`: standard
-    deviation of the logarithm of each step's time; its mean stays. `num_devices`: what counts in
-    resource time.
+    the one with the fewest tokens generated, of several the youngest (our scheduler subclass).
+    `watermark`: share of the blocks that stays free when a request is admitted beside others.
+    `chunked_prefill` false: a prompt is scheduled whole or not at all, and a step has only prompts
+    or only decodes, prompts first. `prefill_order`: which prompts a step computes first, those that
+    run and then those that wait (`fcfs`, vLLM), or of all of them those with the fewest tokens left
+    (`srpt`). `pads_chunks`: a step of prompts alone takes as long as one of
+    `max_num_batched_tokens` prompt tokens, the rest of which are zeros that look back at nothing.
+    `prefill_tax`: by what share prompts take longer, all of a step without decodes and what they
+    add to one with (in the paper, arXiv 2401.11181 section 5.2.2, a length predictor runs beside
+    them). `noise`: standard deviation of the logarithm of each step's time; its mean stays.
+    `num_devices`: what counts in resource time.
 
     Raises `ValueError` for `srpt` or `pads_chunks` without chunks.
     """
