@@ -116,9 +116,8 @@ def full_load(task: FullTask) -> Full:
     Arrivals of a probe last several times as long as the longest answer: a queue that grows has to
     have the time to show it.
     """
-    replicas = [
-        baseline_arm(kind, task.box, 0, task.num_workers, ServeConfig()) for kind in grid.REPLICAS
-    ]
+    config = configured(ServeConfig(), task.options.config)
+    replicas = [baseline_arm(kind, task.box, 0, task.num_workers, config) for kind in grid.REPLICAS]
     least = task.options.probe_requests
     requests = _probe(task, 1.0, least)
     longest_s = _longest_s(requests, task.box)

@@ -15,7 +15,7 @@ from tinfer.core.costs import CostModel
 from tinfer.sim import report
 from tinfer.sim.arms import ReplicasArm, baseline_arm, num_devices_of, replicas_arm, run_arm
 from tinfer.sim.baselines import unloaded_slos
-from tinfer.sim.boxes import measured_box, paper_vllm_of, preset_box, taxed
+from tinfer.sim.boxes import measured_box, paper_vllm_of, preset_box, taxed, workers_of
 from tinfer.sim.paired import Estimate, mean_of, ratio_of
 from tinfer.sim.plots import counts_at, spans_of
 from tinfer.sim.results import RequestResult
@@ -39,7 +39,7 @@ def requests(num: int = 12) -> list[SimRequest]:
 
 
 def small_result() -> report.Result:
-    arms = [replicas_arm(BOX, 2), replicas_arm(BOX, 2, 64)]
+    arms = [replicas_arm(BOX, 2, ServeConfig()), replicas_arm(BOX, 2, ServeConfig(), 64)]
     runs = [run_arm(arm, requests()) for arm in arms]
     slos = unloaded_slos(BOX.replica, requests())
     return report.result_of({"requests": "few", "box": "b"}, arms, runs, slos)
@@ -63,7 +63,7 @@ def test_a_result_has_figures_ratios_and_classes() -> None:
 
 
 def test_what_is_no_number_is_null_in_the_file() -> None:
-    arm = replicas_arm(BOX, 1)
+    arm = replicas_arm(BOX, 1, ServeConfig())
     one_token = [msgspec.structs.replace(requests(1)[0], output_tokens=1)]
     result = report.result_of({"requests": "", "box": ""}, [arm], [run_arm(arm, one_token)], {})
     read = msgspec.json.decode(report.encoded(result))
@@ -82,7 +82,7 @@ def test_the_table_names_the_baseline_and_shows_ratios() -> None:
 
 
 def test_the_baseline_is_the_replicas_with_more_good_answers() -> None:
-    arms = [replicas_arm(BOX, 1), replicas_arm(BOX, 1, 64)]
+    arms = [replicas_arm(BOX, 1, ServeConfig()), replicas_arm(BOX, 1, ServeConfig(), 64)]
     worse, better = {"goodput_loose": 1.0}, {"goodput_loose": 2.0}
     both = {"mean_e2el_ms": 5.0}
     assert report.baseline_of(arms, [worse | both, better | both]) == 1
@@ -129,6 +129,29 @@ def test_devices_of_arms() -> None:
         for kind in ("replicas", "replicas-128", "hybrid", "paper")
     ]
     assert counts == [4, 4, 4, 2]
+
+
+@pytest.mark.parametrize("name", ["paper", "cpu-51m", "gpu-estimate"])
+@pytest.mark.parametrize(
+    ("config", "num_seqs"),
+    [
+        (ServeConfig(), (256, 256)),
+        (ServeConfig(max_num_seqs=64, enable_prefix_caching=False), (64, 64)),
+        (ServeConfig(max_num_seqs=1024), (1024, 512)),
+    ],
+)
+def test_replicas_have_tinfers_seats_and_its_prefix_caching(
+    name: str, config: ServeConfig, num_seqs: tuple[int, int]
+) -> None:
+    box = preset_box(name)
+    (worker,) = workers_of(box, 0, 1, config)
+    plain, small = (baseline_arm(kind, box, 1, 1, config) for kind in ("replicas", "replicas-512"))
+    assert isinstance(plain, ReplicasArm) and isinstance(small, ReplicasArm)
+    assert (plain.engine.max_num_seqs, small.engine.max_num_seqs) == num_seqs
+    for engine in (plain.engine, small.engine):
+        assert engine.prefix_caching == worker.engine.prefix_caching == config.enable_prefix_caching
+        assert (engine.victim, engine.prefill_order) == ("newest", "fcfs")
+    assert worker.engine.max_num_seqs == config.max_num_seqs
 
 
 def test_a_taxed_engine_takes_longer_for_everything_but_hand_offs() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated
 
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from tinfer.config import ServeConfig
 from tinfer.core.costs import CostModel
@@ -139,17 +140,25 @@ def baseline_arm(
         engine = paper_vllm_of(box, num_engines)
         return ReplicasArm(name=kind, engine=engine, num_replicas=1)
     if kind == "replicas":
-        return replicas_arm(box, num_engines)
+        return replicas_arm(box, num_engines, config)
     if word == "replicas" and tokens.isdecimal() and int(tokens) > 0:
-        return replicas_arm(box, num_engines, int(tokens))
+        return replicas_arm(box, num_engines, config, int(tokens))
     raise StartError(f"no baseline is called {kind}; there are: {', '.join(BASELINES)}")
 
 
-def replicas_arm(box: Box, num_replicas: int, step_tokens: int | None = None) -> ReplicasArm:
-    """Plain replicas, with vLLM's own step budget or another one."""
+def replicas_arm(
+    box: Box, num_replicas: int, config: ServeConfig, step_tokens: int | None = None
+) -> ReplicasArm:
+    """Plain replicas, with vLLM's own step budget or another one. Their sequences per step and
+    whether they cache prefixes are as tinfer's, as in `tinfer bench compare`."""
+    engine = replica_of(box.replica, step_tokens)
     return ReplicasArm(
         name="replicas" if step_tokens is None else f"replicas-{step_tokens}",
-        engine=replica_of(box.replica, step_tokens),
+        engine=replace(
+            engine,
+            max_num_seqs=min(config.max_num_seqs, engine.max_num_batched_tokens),
+            prefix_caching=config.enable_prefix_caching,
+        ),
         num_replicas=num_replicas,
     )
 

@@ -93,7 +93,7 @@ def candidates(
         num_workers = num_gpus // box.num_devices
         if num_workers < 1:
             raise StartError(f"{box.name} needs {box.num_devices} GPUs per worker: --gpus is less")
-        arms = [replicas_arm(box, num_workers, tokens) for tokens in REPLICA_STEPS]
+        arms = [replicas_arm(box, num_workers, config, tokens) for tokens in REPLICA_STEPS]
         # Of equal engines one, by the first of their names.
         by_engine = {arm.engine: arm for arm in reversed(arms)}
         found += [_plain(box, arm) for arm in arms if by_engine[arm.engine] is arm]
