@@ -215,9 +215,43 @@ def test_draws_are_taken_together() -> None:
     assert len({run.requests[0].request_id for run in runs}) == 3
 
 
-def ranked(rate_rps: float | None, config: ServeConfig | None, e2el_ms: float = 1.0) -> Ranked:
+def test_a_class_may_be_missing_in_the_first_draw() -> None:
+    source = Source(workload="Mixed", num_requests=4)
+    one = task(source=source, num_draws=3)
+    classes = [{r.task for r in run.requests} for run in planner.probed(one, 1.0)]
+    assert one.goal.slos.keys() == set.union(*classes) != classes[0]
+    assert planner.search(one).rate_rps is not None
+
+
+def test_a_rate_that_nothing_bounds_is_none_to_recommend(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "plan.json"
+    asked = options(slo=Slo(e2el_s=900.0), json_path=str(path))
+    assert plan_app.run(asked, scheduler_config) == 0
+    found = msgspec.json.decode(path.read_bytes())
+    assert not any(one["is_enclosed"] for one in found["candidates"])
+    e2el_ms = [one["figures"]["mean_e2el_ms"] for one in found["candidates"]]
+    assert e2el_ms == sorted(e2el_ms)
+    assert found["margin_next"] is None and found["margin_replicas"] is None
+    out = capsys.readouterr().out
+    assert "no rate is too high" in out and "recommended, for up to" not in out
+
+
+def ranked(
+    rate_rps: float | None,
+    config: ServeConfig | None,
+    e2el_ms: float = 1.0,
+    is_enclosed: bool = True,
+) -> Ranked:
     arm = ReplicasArm(name="replicas", engine=PAPER.replica, num_replicas=1)
-    found = Found(rate_rps=rate_rps, share=1.0, figures={"mean_e2el_ms": e2el_ms}, num_probes=1)
+    found = Found(
+        rate_rps=rate_rps,
+        share=1.0,
+        figures={"mean_e2el_ms": e2el_ms},
+        num_probes=1,
+        is_enclosed=is_enclosed,
+    )
     candidate = Candidate(arm=arm, config=config, box="b", num_devices=2)
     return Ranked(candidate=candidate, found=found)
 
@@ -231,6 +265,9 @@ def test_ranking_and_margins() -> None:
     assert planner.best_of(order, plain=False) is fast
     assert planner.margin(fast, plain) == 1.5
     assert planner.margin(fast, none) is None and planner.margin(None, plain) is None
+    boundless = ranked(1.0, ServeConfig(), is_enclosed=False)
+    assert planner.ranked([plain, boundless]) == [boundless, plain]
+    assert planner.margin(boundless, plain) is None and planner.margin(plain, boundless) is None
 
 
 @pytest.fixture(scope="module")

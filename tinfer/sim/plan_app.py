@@ -11,8 +11,9 @@
 | `num_planned`, `interrupted` | candidates there were; whether not all of them were looked at |
 
 A candidate has `serve` (the command; null for replicas), `name`, `box`, `num_devices`, `rate_rps`
-(the highest at which the target is reached), `good_share` and `figures` there (see `results`), and
-`num_probes`.
+(the highest at which the target is reached), `good_share` and `figures` there (see `results`),
+`num_probes`, and `is_enclosed`: false where no rate failed, so that there is no highest one. Such
+candidates come first, and their margins are null.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from tinfer.sim.boxes import Box
 from tinfer.sim.parallel import default_jobs, done_in_parallel
 from tinfer.sim.planner import Ranked, Task
 from tinfer.sim.results import Slo
-from tinfer.sim.sources import Source, requests_of
+from tinfer.sim.sources import Source, drawn_anew, requests_of
 from tinfer.sim.workload import sim_requests
 
 EXIT_OK = 0
@@ -101,7 +102,16 @@ def tasks_of(options: PlanOptions, scheduler_of: SchedulerOf) -> list[Task]:
     """One search per candidate, all for the same goal. Raises `StartError`."""
     boxes = sorted(options.boxes, key=lambda box: box.num_devices)
     reference = boxes[0].replica
-    requests = sim_requests(requests_of(options.source), reference.block_tokens, options.max_tokens)
+    # Of all draws: a class may be missing in the first one.
+    requests = [
+        request
+        for number in range(options.num_draws)
+        for request in sim_requests(
+            requests_of(drawn_anew(options.source, number)),
+            reference.block_tokens,
+            options.max_tokens,
+        )
+    ]
     goal = planner.goal_of(options.slo, options.share, reference, requests)
     everything = planner.candidates(
         boxes, options.num_gpus, options.config, options.swept, scheduler_of
@@ -165,6 +175,7 @@ def _shown(one: Ranked) -> dict[str, Any]:
         "good_share": found.share,
         "figures": found.figures,
         "num_probes": found.num_probes,
+        "is_enclosed": found.is_enclosed,
     }
 
 
@@ -201,7 +212,8 @@ def _rows(result: Mapping[str, Any]) -> list[list[str]]:
         share = "-" if one["good_share"] is None else f"{100 * one['good_share']:.1f} %"
         cells = [report.number(one["figures"].get(key)) for key in keys]
         mark = "*" if place == result["recommended"] else ""
-        rows.append([mark, report.number(one["rate_rps"]), share, *cells, one["name"]])
+        rate = report.number(one["rate_rps"]) if one["is_enclosed"] else "any"
+        rows.append([mark, rate, share, *cells, one["name"]])
     return rows
 
 
@@ -211,6 +223,11 @@ def _verdict(result: Mapping[str, Any]) -> Iterator[str]:
         yield "no configuration of tinfer reaches the target at any rate"
         return
     best = result["candidates"][place]
+    if not best["is_enclosed"]:
+        yield "no rate is too high for these requests and bounds: more requests would tell how much"
+        yield "it carries; until then the best is the one with the lowest mean E2EL:"
+        yield f"  {best['serve']}"
+        return
     yield f"recommended, for up to {report.number(best['rate_rps'])} requests/s:"
     yield f"  {best['serve']}"
     for words, key in (
@@ -218,7 +235,8 @@ def _verdict(result: Mapping[str, Any]) -> Iterator[str]:
         (f"plain replicas on {result['settings']['num_gpus']} GPUs", "margin_replicas"),
     ):
         margin = result[key]
-        yield f"  x{report.number(margin)} the rate of {words}" if margin else f"  {words}: none"
+        missing = f"  {words}: no rate to compare with"
+        yield f"  x{report.number(margin)} the rate of {words}" if margin else missing
 
 
 def _draw(options: PlanOptions, result: Mapping[str, Any], folder: Path) -> Path:

@@ -71,12 +71,17 @@ class Task(Struct, frozen=True, kw_only=True):
 
 
 class Found(Struct, frozen=True, kw_only=True):
-    """The highest rate that reached the goal, None where none did; figures are of that rate."""
+    """The highest rate that reached the goal, None where none did; figures are of that rate.
+
+    `is_enclosed` is false where every rate did, up to all requests at once: what the candidate
+    carries is then more than these requests can show.
+    """
 
     rate_rps: float | None
     share: float | None
     figures: dict[str, float]
     num_probes: int
+    is_enclosed: bool = True
 
 
 def candidates(
@@ -255,6 +260,7 @@ def search(task: Task) -> Found:
         share=good_share(best, task.goal.slos),
         figures=_mean_figures(best),
         num_probes=len(runs_at),
+        is_enclosed=max(runs_at) > rate_rps,
     )
 
 
@@ -289,13 +295,18 @@ class Ranked(Struct, frozen=True, kw_only=True):
     candidate: Candidate
     found: Found
 
+    @property
+    def rate_rps(self) -> float:
+        """What it carries, as far as is known: 0 for nothing, infinity for every rate tried."""
+        return (self.found.rate_rps or 0.0) if self.found.is_enclosed else math.inf
+
 
 def ranked(pairs: Sequence[Ranked]) -> list[Ranked]:
     """The highest rate first; of equal ones the lower mean E2EL."""
     return sorted(
         pairs,
         key=lambda one: (
-            -(one.found.rate_rps or 0.0),
+            -one.rate_rps,
             one.found.figures.get("mean_e2el_ms", math.inf),
             one.candidate.name,
         ),
@@ -303,11 +314,12 @@ def ranked(pairs: Sequence[Ranked]) -> list[Ranked]:
 
 
 def margin(first: Ranked | None, other: Ranked | None) -> float | None:
-    """How many times the other's rate the first one carries; None where either carries none."""
+    """How many times the other's rate the first one carries; None where either carries none, or
+    every rate."""
     if first is None or other is None:
         return None
-    mine, theirs = first.found.rate_rps, other.found.rate_rps
-    return None if not mine or not theirs else mine / theirs
+    rates = (first.rate_rps, other.rate_rps)
+    return rates[0] / rates[1] if all(0.0 < rate < math.inf for rate in rates) else None
 
 
 def best_of(order: Sequence[Ranked], plain: bool) -> Ranked | None:
