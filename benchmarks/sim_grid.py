@@ -378,7 +378,9 @@ def _map(values: Mapping[Cell, Estimate | None], title: str, red_is_high: bool, 
                     shown[row, column] = one.value
                     axes.text(column, row, f"{one.value:.2f}", ha="center", va="center", size=8)
         colours = "RdYlGn_r" if red_is_high else "RdYlGn"
-        axes.imshow(np.log2(shown), cmap=colours, vmin=-1.0, vmax=1.0, aspect="auto")
+        axes.imshow(
+            np.log2(np.clip(shown, 0.5, 2.0)), cmap=colours, vmin=-1.0, vmax=1.0, aspect="auto"
+        )
         axes.set_xticks(range(len(loads)), [f"{100 * load:g} %" for load in loads])
         axes.set_yticks(range(len(workloads)), workloads)
         axes.set_title(f"{title}, {num} workers", fontsize="small")

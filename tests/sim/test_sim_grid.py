@@ -110,6 +110,37 @@ def test_an_arm_that_gets_stuck() -> None:
     assert failed.failed == {"auto": 5}
 
 
+def test_failing_requests_is_worse_whatever_the_latency_of_the_others() -> None:
+    fast = {"num_failed": 3, "mean_e2el_ms": 10.0}
+    assert verdict(draw(auto=fast), draw(auto=fast)).is_worse
+    nothing = {"num_failed": 60, "mean_e2el_ms": None, "request_throughput": None}
+    found = verdict(draw(auto=nothing))
+    assert found.is_worse and found.e2el is None and found.throughput is None
+    everybody = {arm.replace("-", "_"): fast for arm in grid.ARMS}
+    assert not verdict(draw(**everybody)).is_worse
+
+
+def test_an_arm_without_a_figure_is_not_the_best_one() -> None:
+    broken = {"mean_e2el_ms": None, "request_throughput": 0.0, "num_failed": 60}
+    found = verdict(*[draw(replicas=broken, auto={"request_throughput": 5.0})] * 2)
+    assert found.best_throughput != "replicas" and found.best_e2el != "replicas"
+    assert found.is_worse
+
+
+def test_no_good_answer_at_all_is_the_smallest_gain() -> None:
+    none = {"goodput_loose": 0.0}
+    few = {"replicas": {"goodput_loose": 4.0}, "replicas_512": {"goodput_loose": 1.0}}
+    found = verdict(draw(auto=none, **few), draw(auto={"goodput_loose": 2.0}, **few))
+    assert found.goodput == Estimate(0.25)
+    lost = verdict(draw(auto=none, **few))
+    assert lost.goodput == Estimate(0.0)
+    won = verdict(draw(**few))
+    boundless = verdict(draw(replicas=none, replicas_512=none))
+    assert grid.gains([won, boundless, lost]) == [lost, won, boundless]
+    lines = list(sim_grid.text([won, lost], [], everything=False))
+    assert any(line.endswith("times the better replicas' in 1") for line in lines)
+
+
 def test_arms_share_the_devices() -> None:
     arms = grid.arms_of(preset_box("paper"), 8, ServeConfig(), scheduler_config)
     assert [arm.name for arm in arms] == list(grid.ARMS)

@@ -110,9 +110,10 @@ class Verdict(Struct, frozen=True, kw_only=True):
 
     `e2el` and `throughput` are to the best other arm in that (`best_e2el`, `best_throughput`), and
     None where a figure is missing. `is_worse` says that one of them lies beyond the margin with its
-    whole interval, or that auto failed where another arm did not. `replicas` is the better of the
-    two, `good_share` its share of good answers and `goodput` auto's ratio to it; `binds` where
-    interference does. `failed` counts unanswered requests by arm, `errors` holds what got stuck.
+    whole interval, or that auto got stuck or failed more requests than some other arm. `replicas`
+    is the better of the two, `good_share` its share of good answers and `goodput` auto's ratio to
+    it, see `gain_of`; `binds` where interference does. `failed` counts unanswered requests by arm,
+    `errors` holds what got stuck.
     """
 
     cell: Cell
@@ -139,8 +140,8 @@ def verdict_of(cell: Cell, offered_rps: float, draws: Sequence[Figures]) -> Verd
     others = [arm for arm in sound if arm != AUTO]
     e2el = {arm: _values(draws, arm, "mean_e2el_ms") for arm in sound}
     through = {arm: _values(draws, arm, "request_throughput") for arm in sound}
-    best_e2el = min(others, key=lambda arm: _log_mean(e2el[arm]))
-    best_throughput = max(others, key=lambda arm: _log_mean(through[arm]))
+    best_e2el = min(others, key=lambda arm: _log_mean(e2el[arm], math.inf))
+    best_throughput = max(others, key=lambda arm: _log_mean(through[arm], -math.inf))
     slower = thinner = None
     if AUTO in sound:
         slower = ratio_of(e2el[AUTO], e2el[best_e2el])
@@ -151,6 +152,8 @@ def verdict_of(cell: Cell, offered_rps: float, draws: Sequence[Figures]) -> Verd
     share = sum(good[replicas]) / len(draws) / offered_rps
     tight = {arm: _values(draws, arm, "goodput_tight") for arm in (AUTO, replicas) if arm in sound}
     failed = {arm: round(sum(_values(draws, arm, "num_failed"))) for arm in sound}
+    # Failures are in no latency.
+    fails = AUTO not in sound or failed[AUTO] > min(failed[arm] for arm in others)
     low, high = BINDING_LOADS
     return Verdict(
         cell=cell,
@@ -160,15 +163,24 @@ def verdict_of(cell: Cell, offered_rps: float, draws: Sequence[Figures]) -> Verd
         e2el=slower,
         best_throughput=best_throughput,
         throughput=thinner,
-        is_worse=AUTO in errors or is_beyond(slower) or is_beyond(inverse(thinner)),
+        is_worse=fails or is_beyond(slower) or is_beyond(inverse(thinner)),
         replicas=replicas,
         good_share=share,
-        goodput=ratio_of(good[AUTO], good[replicas]) if AUTO in sound else None,
-        goodput_tight=ratio_of(tight[AUTO], tight[replicas]) if AUTO in sound else None,
+        goodput=gain_of(good[AUTO], good[replicas]) if AUTO in sound else None,
+        goodput_tight=gain_of(tight[AUTO], tight[replicas]) if AUTO in sound else None,
         binds=low <= cell.load <= high and share < BINDING_SHARE,
         failed={arm: number for arm, number in failed.items() if number},
         errors=errors,
     )
+
+
+def gain_of(mine: Sequence[float], theirs: Sequence[float]) -> Estimate | None:
+    """The mean ratio of paired goodputs; where a draw has no good answer that of their sums, which
+    has no interval; None where the other side has none in any."""
+    paired = ratio_of(mine, theirs)
+    if paired is None and sum(theirs) > 0.0:
+        return Estimate(sum(mine) / sum(theirs))
+    return paired
 
 
 def is_beyond(ratio: Estimate | None) -> bool:
@@ -206,5 +218,5 @@ def _values(draws: Sequence[Mapping[str, Any]], arm: str, name: str) -> list[flo
     return [math.nan if one[arm][name] is None else one[arm][name] for one in draws]
 
 
-def _log_mean(values: Sequence[float]) -> float:
-    return sum(math.log(value) if value > 0.0 else math.inf for value in values) / len(values)
+def _log_mean(values: Sequence[float], missing: float) -> float:
+    return sum(math.log(value) if value > 0.0 else missing for value in values) / len(values)
