@@ -8,12 +8,15 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from benchmarks import sim_paper
+from tinfer.config import ServeConfig
 from tinfer.core.lengths import HEAVY_TOKENS
 from tinfer.master.scheduling import scheduler_config
 from tinfer.sim import paper
 from tinfer.sim.arms import ReplicasArm, TinferArm
+from tinfer.sim.boxes import preset_box, workers_of
 from tinfer.sim.paper import Setting
 
 SETTING = Setting()
@@ -53,7 +56,22 @@ def test_the_papers_modes() -> None:
     )
     assert prefill.costs.base_s == pytest.approx(1.1 * decode.costs.base_s)
     assert tetri.scheduler.route == "split" and tetri.scheduler.prefill_sched_batch == 16
-    assert auto.workers == tetri.workers and auto.predictor == tetri.predictor
+    assert auto.predictor == tetri.predictor
+
+
+def test_ours_computes_as_the_workers_of_tinfer_serve() -> None:
+    _, tetri, _, auto, *_ = paper.headline_arms(SETTING, 0, scheduler_config)
+    srpt = next(one for one in paper.order_arms(SETTING, 0) if one.name == "srpt")
+    assert isinstance(tetri, TinferArm) and isinstance(auto, TinferArm)
+    assert isinstance(srpt, TinferArm)
+    served = workers_of(preset_box("paper"), 1, 1, ServeConfig())
+    for mine, theirs, one in zip(auto.workers, tetri.workers, served, strict=True):
+        assert mine.engine.prefill_order == one.engine.prefill_order == "srpt"
+        assert mine.engine.victim == one.engine.victim == "least-progress"
+        # All else is the paper's.
+        plain = replace(mine.engine, prefill_order="fcfs", victim="newest")
+        assert plain == theirs.engine
+    assert {one.engine.prefill_order for one in srpt.workers} == {"srpt"}
 
 
 @pytest.fixture(scope="module")

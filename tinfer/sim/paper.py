@@ -191,7 +191,16 @@ def replicas_arm(num_engines: int = 2) -> ReplicasArm:
 def auto_arm(setting: Setting, seed: int, scheduler_of: SchedulerOf) -> TinferArm:
     """tinfer with the defaults of `tinfer serve`, on the paper's engines, with its predictor."""
     scheduler = scheduler_of(ServeConfig(seed=seed), presets.PAPER_ENGINE.costs)
-    return tetri_arm(AUTO, scheduler, setting)
+    return with_engines(tetri_arm(AUTO, scheduler, setting), victim="least-progress")
+
+
+def with_engines(arm: TinferArm, **changed: object) -> TinferArm:
+    """The same with our workers' order of prompts, and what else is `changed` of their engines."""
+    workers = tuple(
+        replace(one, engine=replace(one.engine, prefill_order="srpt", **changed))
+        for one in arm.workers
+    )
+    return replace(arm, workers=workers)
 
 
 def headline_arms(
@@ -230,7 +239,7 @@ def order_arms(setting: Setting, seed: int) -> list[TinferArm | ReplicasArm]:
         for order, batch in ORDERS
     ]
     srpt = tetri_arm("srpt", paper_scheduler(seed, prefill_order="srpt"), setting)
-    return [vllm_arm(), *ours, srpt, replicas_arm()]
+    return [vllm_arm(), *ours, with_engines(srpt), replicas_arm()]
 
 
 def admission_arms(setting: Setting, seed: int) -> list[TinferArm | ReplicasArm]:
