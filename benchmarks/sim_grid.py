@@ -13,6 +13,9 @@ than the best other arm by mean E2EL or throughput, then those in which interfer
 A box is a preset, or NAME=FILE with a file of `tinfer tune`. Results are appended to --runs as they
 come; what is there already is not computed again, so an interrupted grid goes on where it was.
 --report only reads them.
+
+The result of --json has `options`, the `engines` by box, `full_loads` (100 % load and the SLOs, by
+box, workers and workload) and `cells`, each a `Verdict` of tinfer/sim/grid.py.
 """
 
 from __future__ import annotations

@@ -9,6 +9,17 @@ with 41 ms more LPLD comes out as published, and LPHD's resource time too, but H
 would be near twice its vLLM's: no one cost of a pass gives both, so none is chosen.
 
     python benchmarks/sim_paper.py --json sim_paper.json --plot plots
+
+The result has `setting` and `seeds`, and
+
+- `cells`: of the table, one per workload and figure, changes in percent against the paper's vLLM:
+  `published` and `simulated`, their `distance` in points, whether it is `scored` and `inside`;
+  what would be as published (`implied`) and was `found`, in ms or device-seconds; `replicas` and
+  `auto` likewise, `to_replicas` the paper's modes against replicas, `explained` the variants;
+- `changes` (figure 16) and `admission` (figure 18): `published` and `simulated` changes;
+- `arms`: by experiment, case and arm the mean of every figure of `tinfer/sim/results.py`, of
+  `makespan_s`, `last_first_token_s` and `split_share`, of where requests spend their time, and of
+  heavy and light answers on the worker with the most heavy ones.
 """
 
 from __future__ import annotations
