@@ -428,7 +428,8 @@ def main(words: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--boxes", type=_boxes, default=_boxes(",".join(BOXES)))
-    parser.add_argument("--workers", type=lambda t: tuple(map(int, _words(t))), default=(2, 4, 8))
+    nums = grid.NUMS_OF_WORKERS
+    parser.add_argument("--workers", type=lambda t: tuple(map(int, _words(t))), default=nums)
     parser.add_argument("--workloads", type=_words, default=grid.WORKLOADS)
     parser.add_argument("--loads", type=lambda t: tuple(map(float, _words(t))), default=grid.LOADS)
     parser.add_argument("--num-requests", type=int, default=2000, help="of a draw of a cell")
