@@ -140,11 +140,12 @@ def test_the_recommended_line_is_a_command_that_means_the_same(
         return 0
 
     monkeypatch.setattr(tinfer.master.app, "run", run)
-    words = {"route": "split", "prefill": 2, "decode": 1, "itl_slack": "2.5", "flip": "reactive"}
+    words = {"route": "split", "prefill": 2, "decode": 1, "flip": "reactive"}
+    words |= {"itl_slack": "3", "overflow_risk": "0.12345678", "prefill_ageing": "1.25e-7"}
     words |= {"enable_prefix_caching": "false", "max_num_batched_tokens": "1024"}
     config = planner.configured(ServeConfig(model="m", max_num_seqs=64), words)
     line = planner.serve_line(msgspec.structs.replace(config, model=None))
-    assert line.startswith("tinfer serve MODEL ")
+    assert line.startswith("tinfer serve MODEL ") and " --itl-slack 3 " in line
     result = CliRunner().invoke(main, ["serve", "m", *line.split()[3:]])
     assert result.exit_code == 0, result.output
     assert ran == [config]

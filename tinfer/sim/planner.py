@@ -155,7 +155,7 @@ def serve_line(config: ServeConfig) -> str:
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            words.append(f"--{flag} {value:g}" if isinstance(value, float) else f"--{flag} {value}")
+            words.append(f"--{flag} {value}".removesuffix(".0"))
     return " ".join(words)
 
 
