@@ -21,14 +21,16 @@ from tinfer.cli import main
 from tinfer.config import ServeConfig
 from tinfer.errors import StartError
 from tinfer.master.scheduling import scheduler_config
-from tinfer.sim import plan_app, planner
-from tinfer.sim.arms import ReplicasArm, TinferArm
+from tinfer.sim import arms, plan_app, planner
+from tinfer.sim.arms import Arm, ReplicasArm, TinferArm
 from tinfer.sim.boxes import Box, measured_box, preset_box
 from tinfer.sim.parallel import done_in_parallel
 from tinfer.sim.plan_app import PlanOptions
 from tinfer.sim.planner import Candidate, Found, Ranked, Task
-from tinfer.sim.results import Slo
+from tinfer.sim.results import SimRun, Slo
 from tinfer.sim.sources import Source
+from tinfer.sim.spec import SimRequest
+from tinfer.sim.world import SimulationError
 
 PAPER = preset_box("paper")
 CPU = preset_box("cpu-51m")
@@ -237,6 +239,21 @@ def test_a_rate_that_nothing_bounds_is_none_to_recommend(
     assert found["margin_next"] is None and found["margin_replicas"] is None
     out = capsys.readouterr().out
     assert "no rate is too high" in out and "recommended, for up to" not in out
+
+
+def test_a_configuration_that_gets_stuck_does_not_end_the_plan(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_arm(arm: Arm, requests: Sequence[SimRequest], seed: int) -> SimRun:
+        if isinstance(arm, TinferArm) and arm.scheduler.route == "split":
+            raise SimulationError("3 requests are never answered")
+        return arms.run_arm(arm, requests, seed)
+
+    monkeypatch.setattr(planner, "run_arm", run_arm)
+    assert plan_app.run(options(), scheduler_config) == 0
+    out = capsys.readouterr().out
+    assert "--route split" not in out.partition("recommended")[2]
+    assert out.count("3 requests are never answered") == 1
 
 
 def ranked(

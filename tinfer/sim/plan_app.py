@@ -12,8 +12,9 @@
 
 A candidate has `serve` (the command; null for replicas), `name`, `box`, `num_devices`, `rate_rps`
 (the highest at which the target is reached), `good_share` and `figures` there (see `results`),
-`num_probes`, and `is_enclosed`: false where no rate failed, so that there is no highest one. Such
-candidates come first, and their margins are null.
+`num_probes`, `is_enclosed` (false where no rate failed, so that there is no highest one; such
+candidates come first, and their margins are null) and `error` (null, or what got stuck at some
+rate).
 """
 
 from __future__ import annotations
@@ -176,6 +177,7 @@ def _shown(one: Ranked) -> dict[str, Any]:
         "figures": found.figures,
         "num_probes": found.num_probes,
         "is_enclosed": found.is_enclosed,
+        "error": found.error,
     }
 
 
@@ -198,6 +200,9 @@ def text(result: Mapping[str, Any]) -> Iterator[str]:
     if result["candidates"]:
         yield from report.table(_rows(result))
         yield ""
+    for one in result["candidates"]:
+        if one["error"] is not None:
+            yield f"stuck at some rate: {one['name']}: {one['error']}"
     yield from _verdict(result)
 
 

@@ -24,6 +24,7 @@ from tinfer.sim.results import SimRun, Slo, figures_of
 from tinfer.sim.sources import Source, at_rate, drawn_anew, requests_of
 from tinfer.sim.spec import EngineSpec, SimRequest
 from tinfer.sim.workload import sim_requests
+from tinfer.sim.world import SimulationError
 
 # Rates that pass and fail end up this close. What is reported passed.
 TOLERANCE = 1.01
@@ -74,7 +75,8 @@ class Found(Struct, frozen=True, kw_only=True):
     """The highest rate that reached the goal, None where none did; figures are of that rate.
 
     `is_enclosed` is false where every rate did, up to all requests at once: what the candidate
-    carries is then more than these requests can show.
+    carries is then more than these requests can show. `error` says what went wrong at some rate,
+    which counts as not reaching the goal.
     """
 
     rate_rps: float | None
@@ -82,6 +84,7 @@ class Found(Struct, frozen=True, kw_only=True):
     figures: dict[str, float]
     num_probes: int
     is_enclosed: bool = True
+    error: str | None = None
 
 
 def candidates(
@@ -242,18 +245,26 @@ def highest_rate(first_rps: float, passes: Callable[[float], bool]) -> float | N
 
 def search(task: Task) -> Found:
     """The highest rate at which one candidate reaches the goal."""
+    # Only of rates that pass one can be the answer.
     runs_at: dict[float, list[SimRun]] = {}
+    errors: list[str] = []
 
     def passes(rate_rps: float) -> bool:
-        runs = probed(task, rate_rps)
-        is_good = good_share(runs, task.goal.slos) >= task.goal.share
-        # Only of rates that pass one can be the answer.
-        runs_at[rate_rps] = runs if is_good else []
-        return is_good
+        runs_at[rate_rps] = []
+        try:
+            runs = probed(task, rate_rps)
+        except SimulationError as error:
+            errors.append(str(error))
+            return False
+        if good_share(runs, task.goal.slos) < task.goal.share:
+            return False
+        runs_at[rate_rps] = runs
+        return True
 
     rate_rps = highest_rate(task.first_rps, passes)
+    error = errors[0] if errors else None
     if rate_rps is None:
-        return Found(rate_rps=None, share=None, figures={}, num_probes=len(runs_at))
+        return Found(rate_rps=None, share=None, figures={}, num_probes=len(runs_at), error=error)
     best = runs_at[rate_rps]
     return Found(
         rate_rps=rate_rps,
@@ -261,6 +272,7 @@ def search(task: Task) -> Found:
         figures=_mean_figures(best),
         num_probes=len(runs_at),
         is_enclosed=max(runs_at) > rate_rps,
+        error=error,
     )
 
 
