@@ -95,7 +95,11 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     ] = "slack"
     itl_slack: Annotated[
         float,
-        Meta(gt=0, description="How many times its own length a decode step gives to prompts."),
+        Meta(
+            gt=0,
+            description="How many times its own length a decode step gives to prompts, and as much "
+            "again for every one that waits.",
+        ),
     ] = 4.0
     decode_policy: Annotated[
         Literal["projected", "power-of-two", "least-kv"],

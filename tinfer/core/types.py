@@ -71,9 +71,10 @@ class SchedulerConfig(Struct, frozen=True, kw_only=True):
     `route` "auto" decides per request. `prefill_sched_batch` is for the paper's orders; `ageing`
     and `ttft_deadline_s` for `srpt`. `dispatch` says when a split request's decode worker is
     settled: with its first chunk (the paper) or when its prefill is done. `preemption` says where a
-    request that lost its blocks has them computed again. A step in which something
-    decodes may take `itl_slack` times longer for prompts (`prefill_budget` "slack"). `overflow_z`
-    is the standard deviations that `peak` leaves room for. `seed` is of whatever draws at random.
+    request that lost its blocks has them computed again. A step in which something decodes may take
+    `itl_slack` times longer for prompts, and as much again for every one that waits
+    (`prefill_budget` "slack"). `overflow_z` is the standard deviations that `peak` leaves room for.
+    `seed` is of whatever draws at random.
     """
 
     route: str = "auto"
