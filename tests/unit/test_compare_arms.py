@@ -54,6 +54,22 @@ def test_what_is_equal_in_all_arms(kind: Kind, options: CompareOptions) -> None:
         assert value_of(plan, "--max-num-seqs") == ("16" if kind == "paper" else "64")
         assert "--enable-prefix-caching" in plan.argv
         assert "--port" not in plan.argv
+        # Both take sampling defaults from the model, as tinfer always does.
+        assert "--generation-config" not in plan.argv
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_arm_alone_has_cuda_graphs(kind: Kind) -> None:
+    for options, is_eager in ((GPU, False), (replace(GPU, enforce_eager=True), True), (CPU, True)):
+        for plan in plans(kind, options):
+            assert ("--enforce-eager" in plan.argv) == is_eager
+
+
+def test_on_gpus_every_engine_may_use_all_cores() -> None:
+    cores = (0, 1, 2, 3, 4, 5, 6, 7)
+    for kind in KINDS:
+        for plan in plans(kind, replace(GPU, cores=cores)):
+            assert plan.engine_cores == cores
 
 
 @pytest.mark.parametrize("options", [CPU, GPU], ids=["cpu", "gpu"])
@@ -121,7 +137,8 @@ def test_settings_reach_every_server() -> None:
 
 
 def test_nothing_unequal_is_inherited() -> None:
-    kept = inherited({"PATH": "/bin", "OMP_NUM_THREADS": "8", "VLLM_CPU_KVCACHE_SPACE": "4"})
+    unequal = {"OMP_NUM_THREADS": "8", "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_API_KEY": "k"}
+    kept = inherited({"PATH": "/bin", **unequal})
     assert kept == {"PATH": "/bin"}
 
 
