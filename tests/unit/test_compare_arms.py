@@ -167,7 +167,7 @@ def test_arms_that_cannot_be(text: str, words: str) -> None:
 
 def test_devices_by_default() -> None:
     assert with_devices(CompareOptions(), [4, 1, 9]).cores == (1, 4)
-    assert with_devices(CompareOptions(cores=(7, 3)), [1]).cores == (7, 3)
+    assert with_devices(CompareOptions(cores=(7, 3)), [1, 3, 7]).cores == (7, 3)
     cuda: dict[str, Any] = {"device": "cuda", "num_workers": 3}
     assert with_devices(CompareOptions(**cuda), []).gpus == ("0", "1", "2")
 
@@ -178,6 +178,9 @@ def test_devices_by_default() -> None:
         ({"num_workers": 1}, "at least two"),
         ({"num_workers": 2, "threads": 2}, "4 cores"),
         ({"device": "cuda", "gpus": ("0",)}, "as many GPUs, not 1"),
+        # The system would bind an engine to the one that there is, or to none.
+        ({"cores": (0, 9)}, "core 9 is not one of 0, 1"),
+        ({"device": "cuda", "cores": (9,)}, "core 9 is not one of 0, 1"),
     ],
 )
 def test_too_few_devices(changes: dict[str, Any], words: str) -> None:

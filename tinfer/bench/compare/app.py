@@ -52,7 +52,7 @@ def run(options: CompareOptions, arms: Sequence[Arm]) -> int:
     0: everything was measured; 1: a server failed on the way, and what was measured by then is
     reported; 130: interrupted, likewise. Raises `StartError` and `OSError` where nothing was.
     """
-    options = with_devices(options, options.cores or usable_cores())
+    options = with_devices(options, usable_cores())
     _check(options, arms)
     if options.dry_run:
         sys.stdout.writelines(f"{line}\n" for line in dry_run_lines(options, arms))
