@@ -159,3 +159,17 @@ def test_what_cannot_be_done_is_one_line(
 def test_exit_code_is_the_comparisons(ran: Ran) -> None:
     ran.code = 1
     assert ran.compare().exit_code == 1
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_measured(
+    ran: Ran, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    for arguments in (
+        ("--json", str(tmp_path / "nowhere" / "x.json")),
+        ("--json", str(tmp_path)),
+        ("--plot", str(tmp_path / "file" / "folder")),
+    ):
+        result = ran.compare(*arguments)
+        assert result.exit_code == 2 and result.stderr.startswith("tinfer: cannot write")
+    assert ran.given == []

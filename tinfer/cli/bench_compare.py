@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from tinfer.cli.outputs import check_writable
 from tinfer.errors import StartError
 
 if TYPE_CHECKING:
@@ -181,6 +182,7 @@ def command(**given: Any) -> None:
 
     try:
         options, arms = _options(given)
+        check_writable(options.json_path, options.plot_dir)
         from tinfer.bench.compare.app import run
 
         code = run(options, arms)

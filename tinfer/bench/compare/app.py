@@ -71,12 +71,6 @@ def _check(options: CompareOptions, arms: Sequence[Arm]) -> None:
     names = [arm.name for arm in arms]
     if options.baseline is not None and options.baseline not in names:
         raise StartError(f"--baseline {options.baseline} is none of {', '.join(names)}")
-    if options.plot_dir is not None and not options.dry_run:
-        options.plot_dir.mkdir(parents=True, exist_ok=True)
-    if options.json_path not in (None, "-"):
-        path = Path(str(options.json_path))
-        if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-            raise StartError(f"cannot write {path}")
 
 
 def _recorded(options: CompareOptions, arms: Sequence[Arm]) -> Recorded:
