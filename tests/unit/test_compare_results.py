@@ -96,6 +96,16 @@ def test_work_of_tinfers_workers_is_what_the_traces_say() -> None:
     assert rounded == [[(1.3, 1.5)], [(1.5, 1.6), (3.0, 3.2)]]
 
 
+def test_work_that_no_trace_tells_of_counts_on_all_workers_and_adds_none() -> None:
+    split, failed = answer("r0", 1.0, ttft_s=0.5), answer("r1", 4.0)
+    split.trace = {"prefill_worker": "p", "decode_worker": "d", "prefill_s": 0.2}
+    failed.error = "cut"
+    by_worker = work_of([failed, split], {"r0": 0, "r1": 0}, [(0, 1, 2)])
+    rounded = [sorted((round(a, 3), round(b, 3)) for a, b in one) for one in by_worker]
+    assert sorted(rounded) == [[(1.3, 1.5), (4.0, 4.2)], [(1.5, 1.6), (4.0, 4.2)], [(4.0, 4.2)]]
+    assert len(work_of([failed], {"r1": 0}, [(0, 1, 2)])) == 3
+
+
 def test_resource_time_is_from_the_start_to_the_end_of_the_last_work_of_each_device() -> None:
     outcomes = [answer("r0", 1.0), answer("r1", 2.0), answer("r2", 9.0)]
     placed = {"r0": 0, "r1": 1, "r2": 0}
