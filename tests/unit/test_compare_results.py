@@ -218,6 +218,16 @@ def test_the_better_replica_arm_is_the_baseline() -> None:
     assert result is not None and result.baseline == "replicas-512"
 
 
+def test_of_equal_goodput_the_replica_arm_that_is_better_otherwise_is_the_baseline() -> None:
+    fast, slow = sample(0.5), sample(1.0)
+    few = {"loose": slow.good["loose"], "tight": np.arange(20) < 5}
+    by_tight = {"a": msgspec.structs.replace(fast, good=few), "b": slow}
+    for samples in (by_tight, {"a": slow, "b": fast}):
+        assert slow.good["loose"].all() and fast.good["loose"].all()
+        result = compare_point(POINT, 2.0, {n: [s] for n, s in samples.items()}, "ab", 100, seed=0)
+        assert result is not None and result.baseline == "b"
+
+
 def test_next_to_a_baseline_without_goodput_there_are_absolute_values() -> None:
     # The baseline's answers are too slow for both levels, but for a few of the second's.
     for num_good, has_ratio in ((1, False), (2, True)):
