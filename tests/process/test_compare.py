@@ -131,6 +131,16 @@ def test_a_server_that_dies_on_the_way_leaves_what_was_measured() -> None:
     assert 0 < len(result["runs"]) < 9
 
 
+def test_a_server_that_dies_while_full_load_is_searched_is_told_as_such() -> None:
+    done = compare(
+        *("--arms", "replicas", *ONE_POINT, *fake(die_after=4)),
+        *("--repetitions", "1", "--probe-s", "0.3"),
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1].startswith("tinfer: replicas: a server ended: ")
+    assert " not bounded " not in done.stderr
+
+
 def processes_of(session: int) -> list[psutil.Process]:
     """Everything below the comparison."""
     return psutil.Process(session).children(recursive=True)

@@ -303,7 +303,6 @@ class _Session:
         run, placed = await self._send(arm, urls, planned, self._stop)
         after = self.fleet.cpu_s()
         self._check_stop()
-        self.fleet.check()
         used_s = {name: after[name] - before[name] for name in after}
         tasks = {request.request_id: request.task for request in requests}
         devices = [server.devices for server in servers_of(arm, self._options)]
@@ -336,6 +335,8 @@ class _Session:
             with _frozen_heap():
                 run = await Sender(balancer.as_session(), ENDPOINT).run(planned, stop)
         self._check_stop()
+        # A dead server's requests fail at once: no queue, and no answer, would tell of it.
+        self.fleet.check()
         return run, balancer.placed
 
     def _planned(self, requests: Sequence[Request], salt: str) -> list[Planned]:
