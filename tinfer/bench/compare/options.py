@@ -66,6 +66,7 @@ class CompareOptions(Struct, frozen=True, kw_only=True):
     start_timeout_s: float = 600.0
     json_path: str | None = None
     plot_dir: Path | None = None
+    resume: bool = False
     save_detailed: bool = False
     log_dir: Path | None = None
     dry_run: bool = False
