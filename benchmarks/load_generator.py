@@ -62,7 +62,11 @@ def serving(folder: Path, *words: str) -> Iterator[str]:
         yield found.group(1)
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(60)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def load_words(arguments: argparse.Namespace) -> list[str]:

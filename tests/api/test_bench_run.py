@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -22,12 +24,14 @@ from tests.api.wayward import (
     usage,
     wayward,
 )
+from tinfer.bench import metrics
 from tinfer.bench.app import Interrupted, measure
 from tinfer.bench.options import BenchOptions
 from tinfer.bench.records import BenchRecord
 from tinfer.errors import StartError
 from tinfer.workloads import LogRecord
 
+DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md").read_text()
 GOOD = stream(piece("x"), piece("y", finish_reason="length"), usage(2), DONE)
 
 
@@ -55,6 +59,15 @@ def options(server: Wayward, **changed: Any) -> BenchOptions:
 
 async def measured(server: Wayward, **changed: Any) -> dict[str, Any]:
     return await measure(options(server, **changed), asyncio.Event())
+
+
+async def test_every_key_of_the_result_is_a_flag_or_explained(server: Wayward) -> None:
+    server.does(models(), GOOD, GOOD)
+    result = await measured(server)
+    told = DOCUMENT.split("### The result\n")[1].split("\n### ")[0] + str(metrics.__doc__)
+    explained = {*re.findall(r"`(\w+)`", told), *BenchOptions.__struct_fields__}
+    statistics = {key for key in result if key.endswith("_ms") and "goodput" not in key}
+    assert result.keys() - statistics - explained == set()
 
 
 async def test_what_is_sent_to_a_plain_server(server: Wayward) -> None:

@@ -131,6 +131,49 @@ def test_a_server_that_dies_on_the_way_leaves_what_was_measured() -> None:
     assert 0 < len(result["runs"]) < 9
 
 
+def test_a_server_that_dies_while_full_load_is_searched_is_told_as_such() -> None:
+    done = compare(
+        *("--arms", "replicas", *ONE_POINT, *fake(die_after=4)),
+        *("--repetitions", "1", "--probe-s", "0.3"),
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1].startswith("tinfer: replicas: a server ended: ")
+    assert " not bounded " not in done.stderr
+
+
+def test_a_killed_comparison_goes_on_where_it_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    path, journal = tmp_path / "result.json", tmp_path / "result.json.journal"
+    asked = (
+        *("--arms", "replicas=a,replicas=b", "--workloads", "LPLD", "--loads", "0.5"),
+        *("--num-requests", "5", "--full-load", "LPLD=40", *fake(), "--json", str(path)),
+    )
+    with on_terminal(ROOT, *COMPARE, *SMALL, *asked, "--repetitions", "4") as program:
+        program.see("[3/8]")
+        below = processes_of(program.process.pid)
+        program.process.send_signal(signal.SIGKILL)
+        _, alive = psutil.wait_procs(below, timeout=20)
+        assert alive == []
+    assert not path.exists()
+    kept = journal.read_bytes()
+    refused = compare(*asked, "--repetitions", "4")
+    assert refused.returncode == 2 and "--resume goes on with it" in refused.stderr
+    done = compare(*asked, "--repetitions", "4", "--resume")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(path.read_text())
+    assert len(result["resumed"]) == 1 and result["ended_early"] is None
+    counted = [(run["repetition"], run["arm"]) for run in result["runs"]]
+    assert sorted(counted) == [(i, arm) for i in range(4) for arm in ("a", "b")]
+    assert result["points"][0]["num_repetitions"] == 4
+    # Whole repetitions are as they were measured, and nothing is looked for again.
+    assert " alone: " not in done.stderr and b'"type":"Alone"' in kept
+    first = next(line for line in kept.splitlines() if b'"type":"Ended"' in line)
+    assert json.loads(first)["run"]["figures"] == result["runs"][0]["figures"]
+    assert not journal.exists()
+
+
 def processes_of(session: int) -> list[psutil.Process]:
     """Everything below the comparison."""
     return psutil.Process(session).children(recursive=True)

@@ -239,3 +239,17 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     result = plot(str(tmp_path / "a"))
     assert result.exit_code == 2
     assert result.stderr == f"tinfer: {tmp_path / 'a'}: No such file or directory\n"
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_measured(
+    ran: Ran, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    for arguments in (
+        ("--json", str(tmp_path / "nowhere" / "x.json")),
+        ("--json", str(tmp_path)),
+        ("--plot", str(tmp_path / "file" / "folder")),
+    ):
+        result = ran.serve(*arguments)
+        assert result.exit_code == 2 and result.stderr.startswith("tinfer: cannot write")
+    assert ran.options == []

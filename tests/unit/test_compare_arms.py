@@ -54,6 +54,22 @@ def test_what_is_equal_in_all_arms(kind: Kind, options: CompareOptions) -> None:
         assert value_of(plan, "--max-num-seqs") == ("16" if kind == "paper" else "64")
         assert "--enable-prefix-caching" in plan.argv
         assert "--port" not in plan.argv
+        # Both take sampling defaults from the model, as tinfer always does.
+        assert "--generation-config" not in plan.argv
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_arm_alone_has_cuda_graphs(kind: Kind) -> None:
+    for options, is_eager in ((GPU, False), (replace(GPU, enforce_eager=True), True), (CPU, True)):
+        for plan in plans(kind, options):
+            assert ("--enforce-eager" in plan.argv) == is_eager
+
+
+def test_on_gpus_every_engine_may_use_all_cores() -> None:
+    cores = (0, 1, 2, 3, 4, 5, 6, 7)
+    for kind in KINDS:
+        for plan in plans(kind, replace(GPU, cores=cores)):
+            assert plan.engine_cores == cores
 
 
 @pytest.mark.parametrize("options", [CPU, GPU], ids=["cpu", "gpu"])
@@ -121,7 +137,8 @@ def test_settings_reach_every_server() -> None:
 
 
 def test_nothing_unequal_is_inherited() -> None:
-    kept = inherited({"PATH": "/bin", "OMP_NUM_THREADS": "8", "VLLM_CPU_KVCACHE_SPACE": "4"})
+    unequal = {"OMP_NUM_THREADS": "8", "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_API_KEY": "k"}
+    kept = inherited({"PATH": "/bin", **unequal})
     assert kept == {"PATH": "/bin"}
 
 
@@ -150,7 +167,7 @@ def test_arms_that_cannot_be(text: str, words: str) -> None:
 
 def test_devices_by_default() -> None:
     assert with_devices(CompareOptions(), [4, 1, 9]).cores == (1, 4)
-    assert with_devices(CompareOptions(cores=(7, 3)), [1]).cores == (7, 3)
+    assert with_devices(CompareOptions(cores=(7, 3)), [1, 3, 7]).cores == (7, 3)
     cuda: dict[str, Any] = {"device": "cuda", "num_workers": 3}
     assert with_devices(CompareOptions(**cuda), []).gpus == ("0", "1", "2")
 
@@ -161,6 +178,9 @@ def test_devices_by_default() -> None:
         ({"num_workers": 1}, "at least two"),
         ({"num_workers": 2, "threads": 2}, "4 cores"),
         ({"device": "cuda", "gpus": ("0",)}, "as many GPUs, not 1"),
+        # The system would bind an engine to the one that there is, or to none.
+        ({"cores": (0, 9)}, "core 9 is not one of 0, 1"),
+        ({"device": "cuda", "cores": (9,)}, "core 9 is not one of 0, 1"),
     ],
 )
 def test_too_few_devices(changes: dict[str, Any], words: str) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
+import tinfer.bench.compare.app as app
 from tests.unit.test_compare_results import POINT, compared, sample
 from tinfer.bench.compare.app import compared as compared_points
 from tinfer.bench.compare.app import dry_run_lines, judged_of, result_of, run
@@ -14,7 +17,7 @@ from tinfer.bench.compare.arms import Arm, default_arms
 from tinfer.bench.compare.charts import goodput_curves, latency_curves, ratio_bars
 from tinfer.bench.compare.limits import Unloaded
 from tinfer.bench.compare.options import CompareOptions, with_devices
-from tinfer.bench.compare.session import FullLoad, Recorded, Run
+from tinfer.bench.compare.recorded import FullLoad, Recorded, Run
 from tinfer.bench.compare.steps import Step
 from tinfer.bench.compare.vllm_command import with_metadata
 from tinfer.errors import StartError
@@ -94,12 +97,31 @@ def test_the_result_file_says_all_it_takes_to_read_it() -> None:
     assert ratio["value"] == pytest.approx(3.0)
 
 
+def test_every_key_of_the_result_is_explained() -> None:
+    options = with_devices(CompareOptions(workloads=("Mixed",)), [0, 1])
+    rows = [line for line in str(app.__doc__).splitlines() if line.startswith("| `")]
+    explained = [key for row in rows for key in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert sorted(explained) == sorted(result_of(options, ARMS, Recorded(), [], "today"))
+
+
+def test_a_result_that_cannot_be_written_is_shown_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = CompareOptions(workloads=("Mixed",), loads=(0.5,), json_path=str(tmp_path))
+    found = recorded()
+    points = compared_points(replace(options, num_resamples=100), ARMS, found)
+    result = result_of(options, ARMS, found, points, "today")
+    with pytest.raises(IsADirectoryError):
+        app._write(options, ARMS, result, points, found)
+    assert "Worse than the baseline, with the whole interval: " in capsys.readouterr().out
+
+
 def test_a_baseline_by_name() -> None:
     options = CompareOptions(workloads=("Mixed",), loads=(0.5,), num_resamples=100, baseline="ours")
     (point,) = compared_points(options, ARMS, recorded())
     assert point.baseline == "ours"
     with pytest.raises(StartError, match="--baseline nobody is none of"):
-        run(CompareOptions(cores=(0, 1), baseline="nobody"), default_arms())
+        run(CompareOptions(baseline="nobody"), default_arms())
 
 
 def test_a_dry_run_says_what_is_known_of_its_time() -> None:

@@ -95,13 +95,14 @@ def test_every_option_has_a_flag_that_reaches_it(ran: Ran, tmp_path: Path) -> No
     words = ["/model"]
     for name, (text, _) in flags.items():
         words += [f"--{spelled.get(name, name.replace('_', '-'))}", text]
-    switches = {"enable_prefix_caching": False, "enforce_eager": True, "save_detailed": True}
-    words += ["--no-enable-prefix-caching", "--enforce-eager", "--save-detailed", "--dry-run"]
+    switches = {"enforce_eager": True, "save_detailed": True, "resume": True, "dry_run": True}
+    words += [f"--{name.replace('_', '-')}" for name in switches]
+    words += ["--no-enable-prefix-caching"]
     result = ran.compare(*words)
     assert result.exit_code == 0, result.output
     ((options, _),) = ran.given
     wanted = {name: value for name, (_, value) in flags.items()}
-    wanted |= {"model": "/model", "dry_run": True, **switches}
+    wanted |= {"model": "/model", "enable_prefix_caching": False, **switches}
     assert {name: getattr(options, name) for name in CompareOptions.__struct_fields__} == wanted
     default = CompareOptions()
     assert [n for n in wanted if getattr(options, n) == getattr(default, n)] == ["residency"]
@@ -159,3 +160,17 @@ def test_what_cannot_be_done_is_one_line(
 def test_exit_code_is_the_comparisons(ran: Ran) -> None:
     ran.code = 1
     assert ran.compare().exit_code == 1
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_measured(
+    ran: Ran, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    for arguments in (
+        ("--json", str(tmp_path / "nowhere" / "x.json")),
+        ("--json", str(tmp_path)),
+        ("--plot", str(tmp_path / "file" / "folder")),
+    ):
+        result = ran.compare(*arguments)
+        assert result.exit_code == 2 and result.stderr.startswith("tinfer: cannot write")
+    assert ran.given == []

@@ -96,6 +96,16 @@ def test_work_of_tinfers_workers_is_what_the_traces_say() -> None:
     assert rounded == [[(1.3, 1.5)], [(1.5, 1.6), (3.0, 3.2)]]
 
 
+def test_work_that_no_trace_tells_of_counts_on_all_workers_and_adds_none() -> None:
+    split, failed = answer("r0", 1.0, ttft_s=0.5), answer("r1", 4.0)
+    split.trace = {"prefill_worker": "p", "decode_worker": "d", "prefill_s": 0.2}
+    failed.error = "cut"
+    by_worker = work_of([failed, split], {"r0": 0, "r1": 0}, [(0, 1, 2)])
+    rounded = [sorted((round(a, 3), round(b, 3)) for a, b in one) for one in by_worker]
+    assert sorted(rounded) == [[(1.3, 1.5), (4.0, 4.2)], [(1.5, 1.6), (4.0, 4.2)], [(4.0, 4.2)]]
+    assert len(work_of([failed], {"r1": 0}, [(0, 1, 2)])) == 3
+
+
 def test_resource_time_is_from_the_start_to_the_end_of_the_last_work_of_each_device() -> None:
     outcomes = [answer("r0", 1.0), answer("r1", 2.0), answer("r2", 9.0)]
     placed = {"r0": 0, "r1": 1, "r2": 0}
@@ -206,6 +216,16 @@ def test_the_better_replica_arm_is_the_baseline() -> None:
     }
     result = compare_point(POINT, 2.0, samples, ["replicas", "replicas-512"], 100, seed=0)
     assert result is not None and result.baseline == "replicas-512"
+
+
+def test_of_equal_goodput_the_replica_arm_that_is_better_otherwise_is_the_baseline() -> None:
+    fast, slow = sample(0.5), sample(1.0)
+    few = {"loose": slow.good["loose"], "tight": np.arange(20) < 5}
+    by_tight = {"a": msgspec.structs.replace(fast, good=few), "b": slow}
+    for samples in (by_tight, {"a": slow, "b": fast}):
+        assert slow.good["loose"].all() and fast.good["loose"].all()
+        result = compare_point(POINT, 2.0, {n: [s] for n, s in samples.items()}, "ab", 100, seed=0)
+        assert result is not None and result.baseline == "b"
 
 
 def test_next_to_a_baseline_without_goodput_there_are_absolute_values() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import math
-import os
 import signal
 import sys
 import time
@@ -46,7 +45,6 @@ def run(options: BenchOptions) -> int:
     was interrupted, and what had come by then is reported. Raises `StartError` and
     `TinferClientError` before any load is sent, `OSError` where a result cannot be written.
     """
-    _check_outputs(options)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             result = runner.run(_measure_until_ctrl_c(options))
@@ -56,16 +54,6 @@ def run(options: BenchOptions) -> int:
     if result["interrupted"]:
         return EXIT_INTERRUPTED
     return EXIT_OK if result["completed"] else EXIT_NOTHING_COMPLETED
-
-
-def _check_outputs(options: BenchOptions) -> None:
-    """What would fail after the run fails before it. Raises `StartError`, `OSError`."""
-    if options.plot_dir is not None:
-        options.plot_dir.mkdir(parents=True, exist_ok=True)
-    if options.json_path not in (None, "-"):
-        path = Path(str(options.json_path))
-        if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-            raise StartError(f"cannot write {path}")
 
 
 async def _measure_until_ctrl_c(options: BenchOptions) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from tinfer.cli import bench_compare, bench_model
+from tinfer.cli.outputs import check_writable
 from tinfer.errors import StartError
 
 if TYPE_CHECKING:
@@ -175,9 +176,11 @@ def serve(**given: Any) -> None:
     """
 
     def measured() -> int:
+        options = _options(given)
+        check_writable(options.json_path, options.plot_dir)
         from tinfer.bench.app import run
 
-        return run(_options(given))
+        return run(options)
 
     sys.exit(_ended(measured))
 

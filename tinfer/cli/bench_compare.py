@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from tinfer.cli.outputs import check_writable
 from tinfer.errors import StartError
 
 if TYPE_CHECKING:
@@ -29,7 +30,9 @@ its own; the same kind twice under two names is a self-check.
 \b
 Exit status: 0 when all was measured; 1 if a server failed on the way; 2
 for a bad option or a server that does not start; 130 after Ctrl-C. What
-was measured by then is reported, and no server is left.
+was measured by then is reported, and no server is left. With --json FILE
+all that is measured is in FILE.journal at once, until FILE is complete:
+the same command with --resume goes on from it.
 \b
 The result of --json is one object; tinfer/bench/compare/app.py says what
 its keys mean.
@@ -159,6 +162,9 @@ _POSITIVE = click.IntRange(min=1)
     metavar="FILE",
     help="Write the result here; - is standard output, and then only JSON.",
 )
+@click.option(
+    "--resume", is_flag=True, help="Go on where FILE.journal of --json FILE ends, if it is there."
+)
 @click.option("--save-detailed", is_flag=True, help="Keep a record of each request in the result.")
 @click.option(
     "--plot",
@@ -181,6 +187,7 @@ def command(**given: Any) -> None:
 
     try:
         options, arms = _options(given)
+        check_writable(options.json_path, options.plot_dir)
         from tinfer.bench.compare.app import run
 
         code = run(options, arms)

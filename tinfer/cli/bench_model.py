@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
+from tinfer.cli.outputs import check_writable
 from tinfer.errors import StartError
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def command(
 
     try:
         with _orderly_sigterm():
-            _check_writable(json_path)
+            check_writable(json_path, None)
             result = _made(folder, size, seed, is_silent=json_path == "-")
             cost = _measured(folder, size, cpu_threads) if measure else None
         if cost is not None:
@@ -115,15 +115,6 @@ def _orderly_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _check_writable(json_path: str | None) -> None:
-    """What would fail after the measurement fails before it. Raises `StartError`."""
-    if json_path in (None, "-"):
-        return
-    path = Path(str(json_path))
-    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise StartError(f"cannot write {path}")
 
 
 def _made(folder: Path, size: str, seed: int, is_silent: bool) -> dict[str, Any]:

@@ -4,8 +4,11 @@ The result (`--json`) is one object:
 
 | key | holds |
 |---|---|
+| `kind` | "tinfer bench compare" |
 | `date`, `command`, `versions`, `hardware`, `settings`, `seed` | what it takes to run it again |
+| `resumed` | dates of the earlier parts that --resume went on from |
 | `ended_early` | null, "interrupted", or why the measuring ended before its end |
+| `vocab_size`, `max_model_len` | of the model, as the first server and its files said |
 | `arms` | of each: `name`, `kind`, and `servers` with command lines (port aside) and environment |
 | `unloaded` | by request class: medians alone on one replica, in seconds |
 | `slos` | by level and class: bounds in milliseconds |
@@ -35,9 +38,11 @@ from tinfer.bench.compare import report
 from tinfer.bench.compare.arms import Arm, servers_of
 from tinfer.bench.compare.comparison import PointResult, compare_point, lines_of
 from tinfer.bench.compare.hardware import hardware_of, versions
+from tinfer.bench.compare.journal import Journal, journal_path, opened
 from tinfer.bench.compare.limits import slos_of
 from tinfer.bench.compare.options import CompareOptions, usable_cores, with_devices
-from tinfer.bench.compare.session import Recorded, Run, record
+from tinfer.bench.compare.recorded import Recorded, Run
+from tinfer.bench.compare.session import record
 from tinfer.bench.compare.steps import points_of, steps_of
 from tinfer.errors import StartError
 
@@ -52,17 +57,23 @@ def run(options: CompareOptions, arms: Sequence[Arm]) -> int:
     0: everything was measured; 1: a server failed on the way, and what was measured by then is
     reported; 130: interrupted, likewise. Raises `StartError` and `OSError` where nothing was.
     """
-    options = with_devices(options, options.cores or usable_cores())
+    options = with_devices(options, usable_cores())
     _check(options, arms)
     if options.dry_run:
         sys.stdout.writelines(f"{line}\n" for line in dry_run_lines(options, arms))
         return EXIT_OK
     date = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    recorded = _recorded(options, arms)
-    points = compared(options, arms, recorded)
-    result = result_of(options, arms, recorded, points, date)
-    _write(options, arms, result, points, recorded)
-    if recorded.ended_early is None:
+    journal, recorded = opened(options, arms, date)
+    is_written = False
+    try:
+        _measure(options, arms, journal, recorded)
+        points = compared(options, arms, recorded)
+        result = result_of(options, arms, recorded, points, date)
+        _write(options, arms, result, points, recorded)
+        is_written = recorded.ended_early is None
+    finally:
+        journal.close(remove=is_written)
+    if is_written:
         return EXIT_OK
     return EXIT_INTERRUPTED if recorded.ended_early == "interrupted" else EXIT_ENDED_EARLY
 
@@ -71,15 +82,11 @@ def _check(options: CompareOptions, arms: Sequence[Arm]) -> None:
     names = [arm.name for arm in arms]
     if options.baseline is not None and options.baseline not in names:
         raise StartError(f"--baseline {options.baseline} is none of {', '.join(names)}")
-    if options.plot_dir is not None and not options.dry_run:
-        options.plot_dir.mkdir(parents=True, exist_ok=True)
-    if options.json_path not in (None, "-"):
-        path = Path(str(options.json_path))
-        if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-            raise StartError(f"cannot write {path}")
 
 
-def _recorded(options: CompareOptions, arms: Sequence[Arm]) -> Recorded:
+def _measure(
+    options: CompareOptions, arms: Sequence[Arm], journal: Journal, recorded: Recorded
+) -> None:
     """Measure on the devices' cores alone, which are this process's too for that time."""
     before = usable_cores()
     # vLLM leaves files in its temporary directory when it ends.
@@ -89,18 +96,24 @@ def _recorded(options: CompareOptions, arms: Sequence[Arm]) -> Recorded:
             os.sched_setaffinity(0, options.cores)
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                return runner.run(_until_ctrl_c(options, arms, Path(scratch)))
+                runner.run(_until_ctrl_c(options, arms, Path(scratch), journal, recorded))
         finally:
             os.sched_setaffinity(0, before)
 
 
-async def _until_ctrl_c(options: CompareOptions, arms: Sequence[Arm], scratch: Path) -> Recorded:
+async def _until_ctrl_c(
+    options: CompareOptions,
+    arms: Sequence[Arm],
+    scratch: Path,
+    journal: Journal,
+    recorded: Recorded,
+) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     try:
-        return await record(options, arms, scratch, stop, _say)
+        await record(options, arms, scratch, stop, _say, journal, recorded)
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
@@ -150,6 +163,7 @@ def result_of(
         "hardware": hardware_of(options),
         "settings": msgspec.to_builtins(options, enc_hook=str),
         "seed": options.seed,
+        "resumed": recorded.resumed,
         "ended_early": recorded.ended_early,
         "vocab_size": recorded.vocab_size,
         "max_model_len": None if recorded.target is None else recorded.target.max_model_len,
@@ -250,14 +264,16 @@ def _write(
     if options.json_path == "-":
         sys.stdout.write(text + "\n")
     else:
-        if options.json_path is not None:
-            Path(options.json_path).write_text(text + "\n")
         losses, wins = lines_of(points, "worse", judged), lines_of(points, "better", judged)
         lines = report.text(points, losses, wins, _header(result))
         sys.stdout.writelines(f"{line}\n" for line in lines)
+        if options.json_path is not None:
+            Path(options.json_path).write_text(text + "\n")
     _warn(report.warnings(result["runs"]), sys.stderr.write)
     if recorded.ended_early is not None:
         sys.stderr.write(f"tinfer: warning: not complete: {recorded.ended_early}\n")
+        if journal_path(options) is not None:
+            sys.stderr.write("tinfer: the same command with --resume goes on from here\n")
     if options.plot_dir is not None:
         from tinfer.bench.compare.charts import draw_all
 

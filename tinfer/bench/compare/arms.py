@@ -1,7 +1,8 @@
 """The arms of a comparison, and the servers of each: command lines as data, nothing is started.
 
 Equal in every arm: devices, cores, threads per engine, KV bytes per device, data type, block size,
-prefix caching, sequences per step (but for `paper`), model length. On CPU the engine of worker or
+prefix caching, sequences per step (but for `paper`), model length, CUDA graphs or none, and the
+sampling defaults of the model, which all servers take. On CPU the engine of worker or
 replica i computes on the i-th group of cores with one thread each, and every front end (tinfer's
 master, vLLM's API servers) and the client may run on all of these cores and no others. vLLM's
 engine runs in the process that vLLM forks for it without a further worker process
@@ -25,10 +26,11 @@ SERVED_NAME = "compared"
 CHUNK_TOKENS = 512
 # Source: the paper's figures fit a batch of 16 sequences (arXiv 2401.11181, section 5.2.1).
 PAPER_NUM_SEQS = 16
-# They would change what every arm is given alike.
+# They would change what every arm is given alike; a key would lock this client out of some arms.
 NEVER_INHERITED = (
     "CUDA_VISIBLE_DEVICES",
     "OMP_NUM_THREADS",
+    "VLLM_API_KEY",
     "VLLM_CPU_KVCACHE_SPACE",
     "VLLM_CPU_OMP_THREADS_BIND",
     "VLLM_ENABLE_V1_MULTIPROCESSING",
@@ -122,12 +124,14 @@ def _tinfer(arm: Arm, options: CompareOptions) -> ServerPlan:
 
 def _replica(arm: Arm, options: CompareOptions, place: int) -> ServerPlan:
     chunk = ["--max-num-batched-tokens", str(CHUNK_TOKENS)] if arm.kind == "replicas-512" else []
-    mine = slice(place * options.threads, (place + 1) * options.threads)
+    cores = options.cores
+    if options.device == "cpu":
+        cores = cores[place * options.threads : (place + 1) * options.threads]
     return ServerPlan(
         argv=(*_vllm(options, options.max_num_seqs, 1), *chunk, *options.vllm_args),
         environment=_vllm_environment(options, (place,), options.threads),
         devices=(place,),
-        engine_cores=options.cores[mine] or None,
+        engine_cores=cores or None,
         front_cores=options.cores or None,
     )
 
@@ -149,13 +153,11 @@ def _paper(options: CompareOptions) -> ServerPlan:
 def _vllm(options: CompareOptions, max_num_seqs: int, num_devices: int) -> list[str]:
     """On CPU one engine has the KV bytes of all its devices; on GPUs each rank has its own."""
     num_shares = num_devices if options.device == "cpu" else 1
-    eager = options.enforce_eager or options.device == "cpu"
     return [
         *(*options.vllm_command, "serve", options.model, "--host", "127.0.0.1"),
         *_equal(options, max_num_seqs, num_shares),
-        # tinfer's engines take no sampling defaults from the model and log no statistics either.
-        *("--generation-config", "vllm", "--disable-log-stats", "--disable-uvicorn-access-log"),
-        *(["--enforce-eager"] if eager else []),
+        # tinfer logs no statistics either.
+        *("--disable-log-stats", "--disable-uvicorn-access-log"),
     ]
 
 
@@ -168,6 +170,8 @@ def _equal(options: CompareOptions, max_num_seqs: int, num_shares: int = 1) -> I
         yield from ("--block-size", str(options.block_size))
     if options.max_model_len is not None:
         yield from ("--max-model-len", str(options.max_model_len))
+    if options.enforce_eager or options.device == "cpu":
+        yield "--enforce-eager"
     caching = "--enable-prefix-caching"
     yield caching if options.enable_prefix_caching else caching.replace("--", "--no-", 1)
 

@@ -15,8 +15,8 @@ from msgspec import Struct, structs
 from tinfer.bench.compare.bootstrap import Estimate
 from tinfer.bench.compare.comparison import PointResult
 from tinfer.bench.compare.metrics import METRICS
+from tinfer.bench.compare.recorded import Run
 from tinfer.bench.compare.samples import Floats
-from tinfer.bench.compare.session import Run
 from tinfer.bench.figures import Curve, cdf
 
 if TYPE_CHECKING:

@@ -66,6 +66,7 @@ class CompareOptions(Struct, frozen=True, kw_only=True):
     start_timeout_s: float = 600.0
     json_path: str | None = None
     plot_dir: Path | None = None
+    resume: bool = False
     save_detailed: bool = False
     log_dir: Path | None = None
     dry_run: bool = False
@@ -74,17 +75,20 @@ class CompareOptions(Struct, frozen=True, kw_only=True):
 def with_devices(options: CompareOptions, usable: Iterable[int]) -> CompareOptions:
     """The options with their cores or GPUs named. Raises `StartError` where there are too few.
 
-    `usable` are the cores this process may run on; options that name cores keep them.
+    `usable` are the cores this process may run on; options may name cores among them.
     """
+    usable = sorted(usable)
     if options.num_workers < 2:
         raise StartError("a comparison needs at least two workers")
+    if strange := sorted(set(options.cores) - set(usable)):
+        raise StartError(f"core {strange[0]} is not one of {', '.join(map(str, usable))}")
     if options.device == "cuda":
         gpus = options.gpus or tuple(str(place) for place in range(options.num_workers))
         if len(gpus) != options.num_workers:
             raise StartError(f"{options.num_workers} workers need as many GPUs, not {len(gpus)}")
         return replace(options, gpus=gpus)
     wanted = options.num_workers * options.threads
-    cores = options.cores or tuple(sorted(usable))[:wanted]
+    cores = options.cores or tuple(usable[:wanted])
     if len(cores) != wanted:
         raise StartError(
             f"{options.num_workers} workers of {options.threads} thread(s) need {wanted} cores, "

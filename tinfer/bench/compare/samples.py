@@ -92,17 +92,22 @@ def work_of(
     """When each device had work, from what the client saw.
 
     `placed` is the server of each request, `devices` those of each server. Answers with a trace say
-    themselves which workers had them; a worker is a device of its own.
+    themselves which workers had them; a worker is a device of its own. What has no trace (a failed
+    request of tinfer's) counts on all devices of its server: nobody knows which of them it was on.
     """
     by_device: defaultdict[int | str, list[Interval]] = defaultdict(list)
+    untraced = []
     for one in outcomes:
-        traced = list(_traced(one))
+        traced = _traced(one)
         for worker, interval in traced:
             by_device[worker].append(interval)
-        if not traced:
-            last_s = one.chunk_s[-1] if one.chunk_s else one.end_s
-            for device in devices[placed[one.request_id]] if one.request_id in placed else ():
-                by_device[device].append((one.sent_s, last_s))
+        untraced += [] if traced or one.request_id not in placed else [one]
+    workers = sorted(map(str, by_device))
+    for one in untraced:
+        last_s = one.chunk_s[-1] if one.chunk_s else one.end_s
+        for device in devices[placed[one.request_id]]:
+            name = workers[device] if device < len(workers) else device
+            by_device[name].append((one.sent_s, last_s))
     return list(by_device.values())
 
 

@@ -73,7 +73,10 @@ class Server:
     def why_gone(self) -> str | None:
         """One line on its end, where it has ended since it was ready."""
         if self._guard.poll() is None and self._front is not None and self._front.is_running():
-            return None
+            # One that its guard has not waited for yet is a zombie.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if self._front.status() != psutil.STATUS_ZOMBIE:
+                    return None
         return f"a server ended: {self._words()}"
 
     def freeze(self) -> None:

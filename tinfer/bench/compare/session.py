@@ -3,7 +3,8 @@
 All arms stay up together, unless asked otherwise, so that the runs of one repetition follow each
 other directly; the processes of the arms that do not have their turn are stopped. What they use all
 the same is measured in every run (`idle_cpu_share`). On GPUs, where each arm would hold its share
-of the memory, `--residency alone` has one arm up at a time.
+of the memory, `--residency alone` has one arm up at a time. What `journal` has kept of an earlier
+part is not measured again.
 """
 
 from __future__ import annotations
@@ -16,16 +17,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from msgspec import Struct, structs
+from msgspec import structs
 
 from tinfer.bench.compare import steps as plan
 from tinfer.bench.compare.arms import SERVED_NAME, Arm, servers_of
 from tinfer.bench.compare.balancer import Balancer
 from tinfer.bench.compare.capacity import RateSearch, Verdict, judge, max_drain_s
 from tinfer.bench.compare.fleet import Fleet
-from tinfer.bench.compare.limits import Slos, Unloaded, slos_of, unloaded_of
+from tinfer.bench.compare.journal import Alone, Ended, Found, Journal
+from tinfer.bench.compare.limits import Slos, slos_of, unloaded_of
 from tinfer.bench.compare.options import CompareOptions
-from tinfer.bench.compare.samples import Sample, sample_of, work_of
+from tinfer.bench.compare.recorded import FullLoad, Probe, Recorded, Run
+from tinfer.bench.compare.samples import sample_of, work_of
 from tinfer.bench.compare.steps import Step
 from tinfer.bench.metrics import figures_of
 from tinfer.bench.options import BenchOptions
@@ -50,68 +53,31 @@ class Stopped(Exception):
     """Ctrl-C: what has been measured by then is the result."""
 
 
-class Probe(Struct, frozen=True, kw_only=True):
-    """One look for the full load of a workload."""
-
-    arm: str
-    rate_rps: float
-    verdict: Verdict
-
-
-class FullLoad(Struct, frozen=True, kw_only=True):
-    """What 100 % is; `arm` is the replica arm that keeps up with it, None where it was given."""
-
-    rate_rps: float
-    arm: str | None
-    probes: list[Probe]
-
-
-class Run(Struct, frozen=True, kw_only=True):
-    """One measured step. `idle_cpu_share`: what all other arms together used of one core."""
-
-    step: Step
-    rate_rps: float
-    sample: Sample
-    figures: dict[str, Any]
-    records: list[Any] | None
-    idle_cpu_share: float
-
-
-class Recorded(Struct, kw_only=True):
-    """All that has been measured so far; complete unless `ended_early` says why not."""
-
-    unloaded: dict[str, Unloaded] = {}
-    full_load: dict[str, FullLoad] = {}
-    runs: list[Run] = []
-    target: Target | None = None
-    vocab_size: int | None = None
-    ended_early: str | None = None
-
-
 async def record(
     options: CompareOptions,
     arms: Sequence[Arm],
     scratch: Path,
     stop: asyncio.Event,
     say: Callable[[str], None],
-) -> Recorded:
-    """Measure everything; nothing runs any more when it returns or raises.
+    journal: Journal,
+    recorded: Recorded,
+) -> None:
+    """Measure into `recorded` what is not there yet; nothing runs any more when it ends.
 
-    `scratch` is an empty folder for the servers. Raises `StartError` where nothing could be
-    measured; later failures end up in the result.
+    `scratch` is an empty folder for the servers. Raises `StartError` and `OSError` where there are
+    no runs; later failures end up in the result.
     """
-    session = _Session(options, arms, scratch, stop, say)
+    session = _Session(options, arms, scratch, stop, say, journal, recorded)
     try:
         await session.all()
     except Stopped:
-        session.recorded.ended_early = "interrupted"
-    except StartError as error:
-        if not session.recorded.runs:
+        recorded.ended_early = "interrupted"
+    except (StartError, OSError) as error:
+        if not recorded.runs:
             raise
-        session.recorded.ended_early = error.message
+        recorded.ended_early = str(error)
     finally:
         session.fleet.stop()
-    return session.recorded
 
 
 class _Session:
@@ -122,24 +88,33 @@ class _Session:
         scratch: Path,
         stop: asyncio.Event,
         say: Callable[[str], None],
+        journal: Journal,
+        recorded: Recorded,
     ) -> None:
-        self.recorded = Recorded()
+        self.recorded = recorded
         self.fleet = Fleet(options, scratch, say, self._warm_up)
+        self._journal = journal
         self._options = options
         self._arms = {arm.name: arm for arm in arms}
         self._stop = stop
         self._say = say
-        self._tokens = TokenRange.within(2)
+        self._tokens = TokenRange.within(recorded.vocab_size or 2)
+        done = {run.step for run in recorded.runs}
+        self._todo = [one for one in plan.steps_of(options, list(self._arms)) if one not in done]
 
     async def all(self) -> None:
         options = self._options
+        if not self._todo:
+            return
         replicas = [arm for arm in self._arms.values() if arm.is_replicas]
         if options.residency == "together":
             for arm in self._arms.values():
                 await self._urls(arm)
-        await self._measure_unloaded(replicas[0])
+        if not self.recorded.unloaded:
+            await self._measure_unloaded(replicas[0])
         for workload in options.workloads:
-            await self._find_full_load(workload, replicas)
+            if workload not in self.recorded.full_load:
+                await self._find_full_load(workload, replicas)
         await self._run_steps()
 
     async def _urls(self, arm: Arm) -> list[str]:
@@ -191,6 +166,13 @@ class _Session:
         missing = set(tasks.values()) - self.recorded.unloaded.keys()
         if missing:
             raise StartError(f"no unloaded time of {', '.join(sorted(missing))}: requests failed")
+        self._journal.add(
+            Alone(
+                target=self.recorded.target,
+                vocab_size=self.recorded.vocab_size,
+                unloaded=self.recorded.unloaded,
+            )
+        )
         for task, one in self.recorded.unloaded.items():
             tpot_ms = 1000 * (one.tpot_s or 0.0)
             self._say(f"{task} alone: TTFT {1000 * one.ttft_s:.1f} ms, TPOT {tpot_ms:.2f} ms")
@@ -202,6 +184,7 @@ class _Session:
         else:
             found = await self._searched(workload, list(replicas))
         self.recorded.full_load[workload] = found
+        self._journal.add(Found(workload=workload, full_load=found))
         self._say(f"{workload}: 100 % load is {found.rate_rps:.3f} req/s")
 
     async def _searched(self, workload: str, replicas: list[Arm]) -> FullLoad:
@@ -273,24 +256,27 @@ class _Session:
         return one.ttft_s + (outcome.asked_tokens - 1) * (one.tpot_s or 0.0)
 
     async def _run_steps(self) -> None:
-        todo = plan.steps_of(self._options, list(self._arms))
+        todo, num_before = self._todo, len(self.recorded.runs)
         rates = {name: one.rate_rps for name, one in self.recorded.full_load.items()}
         slos = slos_of(self.recorded.unloaded)
+        num_all = num_before + len(todo)
         begun_s = time.monotonic()
         expected_s = plan.expected_s(self._options, todo, rates, self.recorded.unloaded)
         self._say(f"{len(todo)} runs, about {expected_s / 60:.1f} min")
         for number, step in enumerate(todo):
             run = await self._run(step, rates[step.point.workload], slos)
             self.recorded.runs.append(run)
+            self._journal.add(Ended(run=run))
             left_s = plan.expected_s(
                 self._options, todo[number + 1 :], rates, self.recorded.unloaded
             )
             done_s = max(1e-9, expected_s - left_s)
             left_s *= (time.monotonic() - begun_s) / done_s
             self._say(
-                f"[{number + 1}/{len(todo)}] {step.point.workload} at {step.point.load:g} "
-                f"#{step.repetition + 1} {step.arm}: {run.figures['completed']} answers in "
-                f"{run.figures['duration']:.1f} s; about {left_s / 60:.1f} min left"
+                f"[{num_before + number + 1}/{num_all}] {step.point.workload} at "
+                f"{step.point.load:g} #{step.repetition + 1} {step.arm}: "
+                f"{run.figures['completed']} answers in {run.figures['duration']:.1f} s; "
+                f"about {left_s / 60:.1f} min left"
             )
 
     async def _run(self, step: Step, full_load_rps: float, slos: Slos) -> Run:
@@ -303,7 +289,6 @@ class _Session:
         run, placed = await self._send(arm, urls, planned, self._stop)
         after = self.fleet.cpu_s()
         self._check_stop()
-        self.fleet.check()
         used_s = {name: after[name] - before[name] for name in after}
         tasks = {request.request_id: request.task for request in requests}
         devices = [server.devices for server in servers_of(arm, self._options)]
@@ -336,6 +321,8 @@ class _Session:
             with _frozen_heap():
                 run = await Sender(balancer.as_session(), ENDPOINT).run(planned, stop)
         self._check_stop()
+        # A dead server's requests fail at once: no queue, and no answer, would tell of it.
+        self.fleet.check()
         return run, balancer.placed
 
     def _planned(self, requests: Sequence[Request], salt: str) -> list[Planned]:
