@@ -209,7 +209,7 @@ def test_what_contradicts_is_named(words: str, told: str) -> None:
 def test_options_of_a_workload_do_not_go_with_a_log(command: str, tmp_path: Path) -> None:
     log = tmp_path / "requests.jsonl"
     log.write_text(record("a"))
-    for words in (["--workload-option", "cv=1"], ["--burstiness", "2"]):
+    for words in (["--workload", "Mixed"], ["--workload-option", "cv=1"], ["--burstiness", "2"]):
         line = error_line(invoke(*PREFIX[command], "--log", str(log), *words))
         assert words[0] in line and "--log" in line
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from tinfer.cli.options import NumberRange, options_of
 from tinfer.config import ServeConfig
@@ -105,6 +106,8 @@ def taken_source(given: dict[str, Any], rate_rps: float | None) -> Source:
 
     log, num_requests = given.pop("log"), given.pop("num_requests")
     workload, settings = given.pop("workload"), given.pop("workload_options")
+    if log is not None and _is_given("workload"):
+        raise click.UsageError("--workload does not go with --log")
     if log is not None and settings:
         raise click.UsageError("--workload-option does not go with --log")
     if log is not None and given["burstiness"] is not None:
@@ -121,6 +124,12 @@ def taken_source(given: dict[str, Any], rate_rps: float | None) -> Source:
         max_output_tokens=given.pop("max_output_tokens"),
         options=checked("--workload-option", parse_settings, settings),
     )
+
+
+def _is_given(name: str) -> bool:
+    """Whether the command line has that option, whatever its default."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source is ParameterSource.COMMANDLINE
 
 
 def box_of(preset: str | None, tuned: Path | None) -> Box:
