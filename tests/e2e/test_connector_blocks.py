@@ -9,7 +9,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from tinfer.wire.messages import LeaseId, Source
+from tinfer.wire.messages import LeaseId, PullDone, Source, WorkerStats
+from tinfer.worker.engine_scheduler import _starts_pull
 from tinfer.worker.handoff_scheduler import SchedulerSide
 from tinfer.worker.kv.source import SourceBlocks
 
@@ -30,6 +31,7 @@ def request(num_tokens: int, offered: Source) -> Any:
         request_id="r-suffix",
         num_tokens=num_tokens,
         kv_transfer_params=transfer,
+        skip_reading_prefix_cache=False,
     )
 
 
@@ -77,3 +79,16 @@ def test_a_source_that_has_more_tokens_gives_the_first_of_its_blocks(
     block that is one block more."""
     found = pulled(side, request(8, source(9)), num_here)
     assert found == [(100, 200), (101, 201)][num_here:]
+
+
+def test_who_may_read_no_cache_starts_no_pull(side: SchedulerSide) -> None:
+    """vLLM computes all of its tokens, so they have to come out of the step's prompt tokens."""
+    wanted = request(8, source(8))
+    assert _starts_pull(wanted)
+    wanted.skip_reading_prefix_cache = True
+    assert not _starts_pull(wanted)
+    nothing: Any = SimpleNamespace()
+    side.blocks_allocated(wanted, nothing, 0)
+    assert side.build_metadata().unused
+    (notice,) = side.take_notices(WorkerStats)
+    assert isinstance(notice, PullDone) and notice.request_id == "r"
