@@ -156,7 +156,7 @@ class Dispatcher:
     ) -> None:
         """The fleet has changed."""
         self._post(event)
-        if isinstance(event, events.WorkerUp):
+        if isinstance(event, events.WorkerUp) and event.role is Role.WHOLE:
             self.changed_roles.pop(event.worker_id, None)
         if isinstance(event, events.WorkerDown):
             self._bereave(Incarnation(event.worker_id, event.generation))
