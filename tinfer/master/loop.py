@@ -80,7 +80,8 @@ class Dispatcher:
         self._predictor = predictor
         self.event_log: EventLog | None = None
         self._refused_role: str | None = None
-        # Tokens per KV block, once a worker has said; without it no prefix is told from another.
+        # Tokens per KV block, once a worker with a prefix cache has said; without it no prefix is
+        # told from another.
         self.block_tokens: int | None = None
         # Roles that the scheduler has changed since the start, by worker.
         self.changed_roles: dict[str, Role] = {}
