@@ -30,7 +30,9 @@ from tinfer.core.events import (
     Pulled,
     ReleaseLease,
     Resume,
+    RoleAsked,
     RoleChanged,
+    RoleRefused,
     StartDecode,
     StartPrefill,
     StartReprefill,
@@ -189,6 +191,11 @@ class World:
             num_steps, tuple((rid, 1 + index % 20) for rid in sorted(process.prefills)[:1])
         )
 
+    def ask_role(self, index: int, role: Role) -> None:
+        """A person wants a worker in that role, whether it is up or not."""
+        process = self.processes[index % len(self.processes)]
+        self.feed(RoleAsked(process.id, process.generation, role))
+
     def down(self) -> list[Process]:
         """The last incarnation of every worker that was seen dead and may come back."""
         last = {p.id: p for p in self.processes}
@@ -307,7 +314,7 @@ class World:
     def send(self, action: Action) -> None:
         """Every target is live by what the scheduler was told; a dead process loses its mail."""
         match action:
-            case Fail() | RoleChanged():
+            case Fail() | RoleChanged() | RoleRefused():
                 return
             case ReleaseLease(key) | ExtendLease(key):
                 target = (key.worker_id, key.worker_generation)

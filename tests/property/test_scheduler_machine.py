@@ -28,7 +28,7 @@ from tinfer.core.policies.registry import (
     ROUTES,
     START_CHOICES,
 )
-from tinfer.core.types import Route, SchedulerConfig
+from tinfer.core.types import Role, Route, SchedulerConfig
 
 FLEETS = ["PD", "PPDD", "BD", "BB", "PBD", "PB", "D", "PPD"]
 WORK = ["receive", "step", "deliver"]
@@ -127,9 +127,9 @@ def some_config(rng: random.Random) -> SchedulerConfig:
     )
 
 
-MOVES = ("arrive", "cancel", "disturb", "report", "work")
-WILD = (15, 3, 3, 10, 69)
-CALM = (4, 0.5, 0.3, 3, 92)
+MOVES = ("arrive", "cancel", "disturb", "report", "ask role", "work")
+WILD = (15, 3, 3, 10, 2, 67)
+CALM = (4, 0.5, 0.3, 3, 0.2, 92)
 
 
 def walk_on(world: World, rng: random.Random, weights: Sequence[float], num: int) -> None:
@@ -145,6 +145,8 @@ def walk_on(world: World, rng: random.Random, weights: Sequence[float], num: int
             world.disturb(rng.randrange(100), rng.choice(DISTURB))
         elif move == "report":
             world.report(rng.randrange(100), rng.randint(1, 50))
+        elif move == "ask role":
+            world.ask_role(rng.randrange(100), rng.choice((Role.PREFILL, Role.DECODE)))
         else:
             world.work(rng.choice(WORK), rng.randrange(100), rng.choice(ENDS))
 

@@ -22,11 +22,13 @@ from tinfer.core.events import (
     StartWhole,
     Stepped,
     Tick,
+    WorkerDown,
     WorkerFinished,
+    WorkerUp,
 )
 from tinfer.core.lengths import certain
 from tinfer.core.requests import Request
-from tinfer.core.types import Capacity, Role
+from tinfer.core.types import Capacity, LeaseKey, Role
 
 COSTS = CostModel(
     base_s=0.006, prefill_token_s=0.0004, decode_seq_s=0.0006, kv_token_s=0.0, handoff_s=0.002
@@ -178,6 +180,20 @@ def test_a_prefill_worker_hands_over_before_it_decodes() -> None:
     assert box.on(Pulled("r", "d", 0, True)) == []  # its blocks are held until they are freed
     changed = box.on(LeaseEnded(decode.lease))
     assert changed == [RoleChanged("p1", 0, Role.DECODE, "asked for")]
+
+
+def test_a_worker_comes_back_in_the_role_that_it_has_taken() -> None:
+    """Or else the last worker of a phase could come back as one of the other."""
+    box = Box("p1 p2 d")
+    box.on(RoleAsked("p1", 0, Role.DECODE), RoleAsked("d", 0, Role.PREFILL))
+    assert box.arrive("r") == [StartPrefill("r", "d", 0)]
+    box.on(WorkerDown("p1", 0))
+    assert box.prefilled("r", worker_id="d") == []
+    assert box.up("p1", generation=1) == [StartDecode("r", "p1", 1, LeaseKey("d", 0, 0, 0))]
+    assert box.worker("p1").role is Role.DECODE
+    # One whose blocks fit no other's any more has no role to take.
+    box.on(WorkerDown("d", 0), WorkerUp("d", 1, Role.WHOLE, box.capacity))
+    assert box.worker("d").role is Role.WHOLE
 
 
 @pytest.mark.parametrize(

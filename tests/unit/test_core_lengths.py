@@ -168,6 +168,17 @@ def test_coming_and_going_leaves_what_a_fresh_look_would_find(
     assert outlook.tokens_now == fresh.tokens_now
 
 
+def test_what_is_gone_is_not_remembered_until_its_end_would_have_come() -> None:
+    """Predictions may be a hundred times longer than answers, and a worker is never empty."""
+    outlook = outlook_of([(100, (1e6,)), (300, (5.0, 2e6))])
+    for number in range(1000):
+        outlook.add(f"r{number}", 10, (1e6,))
+        outlook.remove(f"r{number}")
+    assert len(outlook._next_ends) < 100
+    outlook.advance(5)
+    assert outlook.peak(0.0).expected == pytest.approx(400 + 2 * BIN_STEPS * NUM_BINS)
+
+
 def test_the_bound_holds_as_often_as_it_says() -> None:
     rng = random.Random(1)
     ends = (20.0, 100.0, 300.0, 700.0)

@@ -23,6 +23,7 @@ from tinfer.core.events import (
     WorkerDown,
     WorkerFinished,
 )
+from tinfer.core.policies.registry import DECODE_ADMISSIONS
 from tinfer.core.types import Capacity, LeaseKey, Phase
 
 AGAIN = "r~0"
@@ -138,3 +139,18 @@ def test_a_request_without_blocks_keeps_nobody_out() -> None:
     assert StartReprefill(AGAIN, "r", "p", 0) in lost(box)
     assert box.worker("d").num_used_blocks == 21  # those of the other alone
     assert box.phase("s") is Phase.HANDOFF and box.scheduler.ledger_snapshot().pulls == 1
+
+
+@pytest.mark.parametrize("admission", DECODE_ADMISSIONS)
+def test_a_worker_with_nothing_but_requests_without_blocks_takes_anything(admission: str) -> None:
+    """Its prefill waits for the blocks of one that is larger than the cache will hold, and nobody
+    is left here whose end could make room for that."""
+    small = Capacity(num_blocks=30, block_tokens=16, max_num_seqs=4, chunk_tokens=512)
+    box = Box("p d", small, preemption="elsewhere", decode_admission=admission)
+    box.arrive(prompt=320, out=64)
+    box.prefilled()
+    box.on(Pulled("r", "d", 0, ok=True), LeaseEnded(LeaseKey("p", 0, 0, 0)))
+    box.arrive("large", prompt=470, out=64)
+    assert box.prefilled("large", slot=1) == []
+    assert StartReprefill(AGAIN, "r", "p", 0) in lost(box)
+    assert box.scheduler.ledger_snapshot().pulls == 1

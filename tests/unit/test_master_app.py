@@ -9,8 +9,10 @@ import msgspec
 import pytest
 
 from tests.wire.samples import TO_MASTER
-from tinfer.api.service import ModelCard
+from tinfer.api.service import Generation, ModelCard
 from tinfer.config import load
+from tinfer.core.sampling import SamplingSpec
+from tinfer.core.types import Role
 from tinfer.errors import StartError
 from tinfer.master import app
 from tinfer.master.cores import CoreClaims, UsableCores
@@ -138,6 +140,38 @@ async def test_the_next_incarnation_is_paired_only_if_it_fits(masters: MakeMaste
         master.down("decode-0")
         master.up("decode-0", kv_format)
         assert master.roles()["decode-0"] == role
+
+
+async def test_a_role_that_was_changed_outlasts_its_worker(masters: MakeMaster) -> None:
+    master = masters(prefill=1, decode=2)
+    for name in master.slots:
+        master.up(name, BF16)
+    dispatcher = master.server._dispatcher
+    dispatcher.ask_role(master.slots["decode-1"].incarnation, Role.PREFILL)
+    for kv_format, role in ((BF16, "prefill"), (FP16, "whole"), (BF16, "decode")):
+        master.down("decode-1")
+        master.up("decode-1", kv_format)
+        assert master.roles()["decode-1"] == role
+        shown = dispatcher.changed_roles
+        assert shown == ({"decode-1": Role.PREFILL} if role == "prefill" else {})
+
+
+@pytest.mark.parametrize("has_cache", [True, False])
+async def test_without_a_prefix_cache_no_prefix_is_taken_for_cached(
+    masters: MakeMaster, has_cache: bool
+) -> None:
+    master = masters(prefill=1, decode=1, route="split", enable_prefix_caching=has_cache)
+    for name in master.slots:
+        master.up(name, BF16)
+    prompt = list(range(4 * READY.block_tokens))
+    for name in ("first", "again"):
+        generation = Generation(prompt, SamplingSpec(max_tokens=8))
+        master.server._dispatcher.submit(name, generation)
+    outstanding = {
+        worker.worker_id: worker.outstanding_prefill_tokens
+        for worker in master.server._scheduler.workers_snapshot()
+    }
+    assert outstanding["prefill-0"] == len(prompt) + (1 if has_cache else len(prompt))
 
 
 async def test_the_longest_request_is_the_least_of_all_workers_also_after_a_restart(

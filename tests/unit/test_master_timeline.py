@@ -11,6 +11,7 @@ from tests.unit.master_box import D, DispatcherBox, P, read
 from tinfer.api.trace import Trace
 from tinfer.core.types import Route
 from tinfer.master.streams import RequestStream
+from tinfer.master.timeline import Timeline
 from tinfer.wire import messages as wire
 from tinfer.wire.links import Incarnation
 
@@ -170,3 +171,17 @@ def test_figures_are_rounded_to_microseconds(clock: SteppedClock) -> None:
     assert (trace.queue_s, trace.prefill_s) == (0.333333, 0.666667)
     assert (trace.decode_s, trace.tpot_s, trace.e2el_s) == (0.142857, 0.047619, 1.142857)
     assert msgspec.json.decode(msgspec.json.encode(trace), type=Trace) == trace
+
+
+@pytest.mark.parametrize("route", [Route.SPLIT, Route.WHOLE])
+def test_what_is_pulled_after_a_preemption_is_no_hand_off(route: Route) -> None:
+    timeline = Timeline(100.0)
+    timeline.started("prefill" if route is Route.SPLIT else "whole", "p", 100.0)
+    timeline.has_token(100.0)
+    if route is Route.SPLIT:
+        timeline.started("decode", "d", 100.0)
+        timeline.pulled(wire.PullDone("r", True, "", 64, 0.25, 0.3), 101.0)
+    timeline.pulled(wire.PullDone("r", False, "its worker died", 0, 0.0, 0.0), 150.0)
+    trace = timeline.trace("r", 20, 0, 9, 160.0)
+    hand_off = (1.0, 64, False) if route is Route.SPLIT else (None, None, False)
+    assert (trace.handoff_s, trace.handoff_bytes, trace.recomputed) == hand_off

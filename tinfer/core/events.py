@@ -45,7 +45,8 @@ class WorkerExpected(Struct, tag=True, frozen=True):
 
 
 class WorkerUp(Struct, tag=True, frozen=True):
-    """An incarnation serves from now on."""
+    """An incarnation serves from now on. A worker keeps a role that it took by `RoleChanged`,
+    unless its blocks fit nobody's any more (`Role.WHOLE`)."""
 
     worker_id: str
     generation: int

@@ -66,7 +66,7 @@ class Fleet:
         worker = Worker(
             event.worker_id,
             event.generation,
-            event.role,
+            self._role_of(event),
             event.capacity,
             self._costs,
             self._overflow_z,
@@ -75,6 +75,13 @@ class Fleet:
         self._by_id[worker.id] = worker
         self.expect(worker.id, worker.role)
         self._index()
+
+    def _role_of(self, event: WorkerUp) -> Role:
+        """A worker comes back in the role that it has taken: the others' roles count on it."""
+        taken = self._expected.get(event.worker_id)
+        if taken is not None and {taken, event.role} == {Role.PREFILL, Role.DECODE}:
+            return taken
+        return event.role
 
     def down(self, worker_id: str, generation: int) -> Worker | None:
         """Remove an incarnation and return it; None if it was not up."""

@@ -94,11 +94,13 @@ class Ledger:
         if lease is not None and reading and lease.reader is reader:
             lease.state = LeaseState.READ
 
-    def release(self, lease: Lease) -> None:
-        """The owner is told to end the lease. Raises `LedgerError` the second time."""
+    def release(self, lease: Lease) -> LeaseKey:
+        """The owner is to be told to end the lease of that key. Raises `LedgerError` the second
+        time."""
         if lease.state is LeaseState.RELEASED:
             raise LedgerError(f"{lease.key}: released twice")
         lease.state = LeaseState.RELEASED
+        return lease.key
 
     def end(self, key: LeaseKey) -> None:
         """The owner has freed the blocks.

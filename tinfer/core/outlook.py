@@ -26,6 +26,8 @@ BIN_STEPS = 64
 NUM_BINS = 64
 # Ends of a resident that count: of more than so many, the middle of each equal part.
 NUM_ENDS = 4
+# Ends of residents that are gone are dropped once there are so many more than of those there.
+NUM_GONE_ENDS = 64
 
 
 class Peak(NamedTuple):
@@ -147,6 +149,13 @@ class KvOutlook:
         due = next(end for end in resident.ends if end > self._now)
         self._num_put += 1
         heapq.heappush(self._next_ends, (due, self._num_put, name, resident))
+        if len(self._next_ends) > 2 * len(self._residents) + NUM_GONE_ENDS:
+            self._forget_gone()
+
+    def _forget_gone(self) -> None:
+        there = self._residents
+        self._next_ends = [one for one in self._next_ends if there.get(one[2]) is one[3]]
+        heapq.heapify(self._next_ends)
 
     def _outlive(self, name: str, resident: Resident, end: float) -> None:
         """It is there beyond that end: what is left of its ends is likelier now."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from tinfer.core import events as ev
 from tinfer.core.fleet import Fleet, can_hand_off
-from tinfer.core.ledger import Lease, Ledger
+from tinfer.core.ledger import Ledger
 from tinfer.core.lengths import certain
 from tinfer.core.policies.interfaces import PreemptionPolicy
 from tinfer.core.requests import Request, RequestTable
@@ -57,7 +57,8 @@ class Preemptions:
         request = self._done(again, source)
         reader = request and request.at
         if not request or not reader:
-            return self._release(self._ledger.open(event.lease, source, event.num_blocks, None))
+            unread = self._ledger.open(event.lease, source, event.num_blocks, None)
+            return [ev.ReleaseLease(self._ledger.release(unread))]
         lease = self._ledger.open(event.lease, source, event.num_blocks, request.id)
         self._ledger.start_read(lease, reader)
         self._ledger.start_pull(request.id)
@@ -103,10 +104,6 @@ class Preemptions:
         assert request.at is not None, f"{request.id} is parked nowhere"
         request.at.unpark(request)
         return request
-
-    def _release(self, lease: Lease) -> list[ev.Action]:
-        self._ledger.release(lease)
-        return [ev.ReleaseLease(lease.key)]
 
 
 def _go_on(request: Request, worker: Worker) -> ev.Resume:

@@ -16,6 +16,7 @@ from tinfer.core import events as ev
 from tinfer.core import explain
 from tinfer.core.demand import Demand
 from tinfer.core.fleet import Fleet
+from tinfer.core.handoffs import Handoffs
 from tinfer.core.ledger import Lease, LeaseState, Ledger
 from tinfer.core.lengths import certain
 from tinfer.core.policies.flips import Flip, why_not_flip
@@ -26,7 +27,6 @@ from tinfer.core.requests import Request, RequestTable
 from tinfer.core.types import (
     LedgerSnapshot,
     Phase,
-    Role,
     Route,
     SchedulerConfig,
     WaitingSnapshot,
@@ -47,11 +47,9 @@ class Scheduler:
         self._demand = Demand(DEMAND_MEMORY_S)
         self._policies = build_policies(config, self._fleet, self._demand)
         self._queues = self._policies.queues
-        # Prefilled and waiting for a reader, by the source's role, which decides who may read:
-        # within one of the two all wait for the same workers, so strict order blocks nobody.
-        self._handoffs: dict[Role, dict[str, Request]] = {Role.PREFILL: {}, Role.BOTH: {}}
         self._requests = RequestTable()
         self._ledger = Ledger()
+        self._handoffs = Handoffs(self._policies, self._fleet, self._requests, self._ledger)
         self._preemptions = Preemptions(
             self._policies.preemption, self._fleet, self._requests, self._ledger
         )
@@ -68,7 +66,7 @@ class Scheduler:
         self._actions = actions
         self._apply(event, now_s)
         if not _changes_little(event):
-            self._admit_handoffs(now_s)
+            actions += self._handoffs.admit(now_s)
             self._start_queued(now_s)
             self._set_budgets()
             self._flip(now_s)
@@ -100,9 +98,7 @@ class Scheduler:
         for queue in self._queues.values():
             if len(queue):
                 found += explain.queued(queue.listed(now_s), self._fleet, now_s, limit)
-        for role, waiting in self._handoffs.items():
-            readers = self._fleet.readers(role)
-            found += explain.handed_off(waiting.values(), readers, now_s, limit)
+        found += self._handoffs.waiting(now_s, limit)
         return found + explain.preempted(self._fleet, now_s)[:limit]
 
     def _apply(self, event: ev.Event, now_s: float) -> None:
@@ -116,7 +112,7 @@ class Scheduler:
             case ev.FirstToken():
                 self._first_token(event)
             case ev.Prefilled():
-                self._prefilled(event, now_s)
+                self._prefilled(event)
             case ev.Pulled():
                 self._pulled(event)
             case ev.WorkerFinished():
@@ -180,7 +176,7 @@ class Scheduler:
         if request.phase is Phase.QUEUED:
             self._queues[request.wish].discard(request)
         else:
-            self._release_waiting(request)
+            self._actions += self._handoffs.withdraw(request)
         self._requests.move(request, Phase.FINISHED)
 
     def _first_token(self, event: ev.FirstToken) -> None:
@@ -193,7 +189,7 @@ class Scheduler:
         if request.phase is Phase.PREFILLING:
             self._requests.move(request, Phase.DECODING)
 
-    def _prefilled(self, event: ev.Prefilled, now_s: float) -> None:
+    def _prefilled(self, event: ev.Prefilled) -> None:
         worker = self._fleet.get(event.worker_id, event.generation)
         if worker is None:  # late: an incarnation that was seen dead
             return
@@ -201,18 +197,8 @@ class Scheduler:
         if request is None or request.route is not Route.SPLIT or request.lease is not None:
             lease = self._ledger.open(event.lease, worker, event.num_blocks, None)
             return self._release(lease)
-        if request.serves is not None:
-            self._actions += self._preemptions.prefilled(request, event, worker)
-            return None
-        lease = self._ledger.open(event.lease, worker, event.num_blocks, request.id)
-        request.lease = event.lease
-        self._settle(request, now_s)
-        worker.remove(request)
-        if self._requests.is_zombie(request):
-            self._requests.bury(request)
-            return self._release(lease)
-        self._requests.move(request, Phase.HANDOFF)
-        self._handoffs[worker.role][request.id] = request
+        takes_over = self._handoffs if request.serves is None else self._preemptions
+        self._actions += takes_over.prefilled(request, event, worker)
 
     def _pulled(self, event: ev.Pulled) -> None:
         worker = self._fleet.get(event.worker_id, event.generation)
@@ -275,7 +261,7 @@ class Scheduler:
         self._flip_reasons.pop(worker.id, None)
         for lease in self._ledger.end_all_of(worker):
             if lease.state is LeaseState.WAITING and lease.request_id is not None:
-                self._lose(self._handoffs[worker.role].pop(lease.request_id), worker)
+                self._lose(self._handoffs.take(lease), worker)
         for lease in self._ledger.read_by(worker):
             if lease.state is not LeaseState.RELEASED:
                 self._release(lease)
@@ -301,7 +287,7 @@ class Scheduler:
             request = self._requests.at(request_id, worker)
             if request is not None and request.prefill_tokens:
                 worker.prefill_progress(request, computed_tokens)
-                self._settle(request, now_s)
+                self._handoffs.settle(request)
         for request_id in event.preempted:
             request = self._requests.at(request_id, worker)
             if request is not None:
@@ -319,63 +305,6 @@ class Scheduler:
         self._begin_flip(Flip(worker, event.role, "asked for"))
 
     # --- placement ---------------------------------------------------------------------------
-
-    def _settle(self, request: Request, now_s: float) -> None:
-        """Choose the decode worker of a split request early, if that is the mode."""
-        if not self._policies.settles_early or request.serves is not None:
-            return
-        if request.route is Route.SPLIT and request.at is not None:
-            readers = self._fleet.readers(request.at.role)
-            if readers and request.target is None:
-                request.target = self._policies.decode_choice.choose(request, readers)
-
-    def _admit_handoffs(self, now_s: float) -> None:
-        """Give waiting hand-offs to decode workers with room, in order of their prefill's end.
-
-        A worker that has no room for one takes no later one either: nobody overtakes.
-        """
-        for source, waiting in self._handoffs.items():
-            if not waiting:
-                continue
-            readers = self._fleet.readers(source)
-            if not self._fleet.expects_reader(source):
-                self._fail_handoffs(waiting)
-            full: set[str] = set()
-            for request in list(waiting.values()):
-                open_readers = [one for one in readers if one.id not in full]
-                if not open_readers:
-                    break
-                wanted = self._wanted_readers(request, open_readers, readers)
-                worker = self._choose_reader(request, wanted, now_s) if wanted else None
-                if worker is None:
-                    full |= {one.id for one in wanted}
-                else:
-                    del waiting[request.id]
-                    self._start_decode(request, worker)
-        self._fleet.waiting_sources = {role for role, waiting in self._handoffs.items() if waiting}
-
-    def _wanted_readers(
-        self, request: Request, open_readers: list[Worker], readers: list[Worker]
-    ) -> list[Worker]:
-        """The one it is meant for, if that is settled and lives, else all that are open."""
-        if request.target is not None and request.target in readers:
-            return [request.target] if request.target in open_readers else []
-        return open_readers
-
-    def _choose_reader(
-        self, request: Request, readers: list[Worker], now_s: float
-    ) -> Worker | None:
-        admits = self._policies.decode_admission.admits
-        return self._policies.decode_choice.choose(
-            request, readers, lambda worker: admits(request, worker, now_s)
-        )
-
-    def _start_decode(self, request: Request, worker: Worker) -> None:
-        lease = self._lease_of(request)
-        self._ledger.start_read(lease, worker)
-        self._ledger.start_pull(request.id)
-        worker.place(request, prefill_tokens=0)
-        self._actions.append(ev.StartDecode(request.id, worker.id, worker.generation, lease.key))
 
     def _start_queued(self, now_s: float) -> None:
         """Start queued requests; between the queues, the earliest arrival first."""
@@ -453,31 +382,14 @@ class Scheduler:
                 queue.discard(request)
                 self._fail(request, "no-worker", "no worker is up and none will come")
 
-    def _fail_handoffs(self, waiting: dict[str, Request]) -> None:
-        for request in list(waiting.values()):
-            self._release_waiting(request)
-            self._fail(request, "worker-lost", "no worker is left to decode the request")
-
     def _close(self, request: Request) -> None:
         if self._requests.is_zombie(request):
             self._requests.bury(request)
         else:
             self._requests.move(request, Phase.FINISHED)
 
-    def _lease_of(self, request: Request) -> Lease:
-        lease = self._ledger.of_request(request.id)
-        assert lease is not None, f"{request.id} waits for a reader without a lease"
-        return lease
-
-    def _release_waiting(self, request: Request) -> None:
-        """The request waits for a reader and none will come."""
-        lease = self._lease_of(request)
-        del self._handoffs[lease.owner.role][request.id]
-        self._release(lease)
-
     def _release(self, lease: Lease) -> None:
-        self._ledger.release(lease)
-        self._actions.append(ev.ReleaseLease(lease.key))
+        self._actions.append(ev.ReleaseLease(self._ledger.release(lease)))
 
 
 def _changes_little(event: ev.Event) -> bool:

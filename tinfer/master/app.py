@@ -46,9 +46,9 @@ from tinfer.wire.links import Incarnation, MasterLink
 log = logging.getLogger(__name__)
 
 _PR_SET_CHILD_SUBREAPER = 36
-# How often a drain looks whether the last request has ended.
 # As often as load reports come in the paper (arXiv 2401.11181, section 3.2).
 TICK_S = 0.1
+# How often a drain looks whether the last request has ended.
 _DRAIN_POLL_S = 0.02
 # What a stop that may not wait still leaves the answers: enough for an error event each.
 _LAST_WORDS_S = 1.0
@@ -243,7 +243,8 @@ class Server:
     def _schedule_on(self, slot: WorkerSlot, role: Role) -> None:
         ready = slot.ready
         assert ready is not None
-        self._dispatcher.block_tokens = ready.block_tokens
+        if self._config.enable_prefix_caching:
+            self._dispatcher.block_tokens = ready.block_tokens
         self._dispatcher.worker_event(
             events.WorkerUp(
                 *slot.incarnation,

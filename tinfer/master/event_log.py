@@ -6,6 +6,7 @@ scheduler is pure, so the same events give the same actions again, on any machin
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ from tinfer.core.events import Action, Event
 from tinfer.core.scheduler import Scheduler
 from tinfer.core.types import SchedulerConfig
 from tinfer.errors import StartError
+
+log = logging.getLogger(__name__)
 
 Entry = tuple[float, Event, list[Action]]
 _ENTRIES: msgspec.json.Decoder[Entry] = msgspec.json.Decoder(Entry)
@@ -30,7 +33,8 @@ def check_writable(path: Path) -> None:
 
 
 class EventLog:
-    """Appends to one file, which is made anew. Raises `StartError` where it cannot be written."""
+    """Appends to one file, which is made anew. Raises `StartError` where it cannot be written; a
+    disk that is full later on ends the log, not the server."""
 
     def __init__(self, path: Path, config: SchedulerConfig) -> None:
         try:
@@ -41,14 +45,21 @@ class EventLog:
         self._write(self._encoder.encode(config))
 
     def add(self, now_s: float, event: Event, actions: list[Action]) -> None:
-        self._write(self._encoder.encode((now_s, event, actions)))
+        if not self._file.closed:
+            self._write(self._encoder.encode((now_s, event, actions)))
 
     def close(self) -> None:
         """Idempotent."""
-        self._file.close()
+        try:
+            self._file.close()  # writes what is left, and is closed also where that fails
+        except OSError as error:
+            log.error("--event-log lacks its end: %s", error.strerror)
 
     def _write(self, line: bytes) -> None:
-        self._file.write(line + b"\n")
+        try:
+            self._file.write(line + b"\n")
+        except OSError:
+            self.close()
 
 
 class DifferentActions(Exception):

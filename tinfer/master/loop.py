@@ -80,7 +80,8 @@ class Dispatcher:
         self._predictor = predictor
         self.event_log: EventLog | None = None
         self._refused_role: str | None = None
-        # Tokens per KV block, once a worker has said; without it no prefix is told from another.
+        # Tokens per KV block, once a worker with a prefix cache has said; without it no prefix is
+        # told from another.
         self.block_tokens: int | None = None
         # Roles that the scheduler has changed since the start, by worker.
         self.changed_roles: dict[str, Role] = {}
@@ -156,7 +157,7 @@ class Dispatcher:
     ) -> None:
         """The fleet has changed."""
         self._post(event)
-        if isinstance(event, events.WorkerUp):
+        if isinstance(event, events.WorkerUp) and event.role is Role.WHOLE:
             self.changed_roles.pop(event.worker_id, None)
         if isinstance(event, events.WorkerDown):
             self._bereave(Incarnation(event.worker_id, event.generation))

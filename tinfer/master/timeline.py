@@ -43,9 +43,11 @@ class Timeline(Struct):
             self.first_token_s = now_s
 
     def pulled(self, pull: wire.PullDone, now_s: float) -> None:
-        """The decode worker has the blocks, or knows that it will not get them."""
-        self.pull = pull
-        self.installed_s = now_s
+        """The decode worker has the blocks, or knows that it will not get them. What is pulled
+        later, or into a worker that did both phases, was lost there and is no hand-off."""
+        if self.route == "split" and self.pull is None:
+            self.pull = pull
+            self.installed_s = now_s
 
     def trace(
         self,

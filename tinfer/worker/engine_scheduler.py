@@ -208,8 +208,11 @@ def _needs_one_token(request: Request, num_computed_tokens: int) -> bool:
 def _starts_pull(request: Request) -> bool:
     """Whether it waits for blocks to pull into, which costs a step nothing."""
     params = request.kv_transfer_params
-    # A source without tokens could not be staged by its owner: that prompt is computed here.
-    return bool(params and params.get("do_remote_prefill") and params["source"].num_tokens)
+    # A source without tokens could not be staged by its owner: that prompt is computed here, as is
+    # one of which each token's logprobs were asked for, which vLLM never takes from elsewhere.
+    if not params or request.skip_reading_prefix_cache:
+        return False
+    return bool(params.get("do_remote_prefill") and params["source"].num_tokens)
 
 
 def _has_source(request: Request) -> bool:

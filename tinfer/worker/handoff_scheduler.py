@@ -206,7 +206,12 @@ class SchedulerSide:
         targets = self._kv_cache_config.select_transfer_block_ids(
             blocks.get_unhashed_block_ids_all_groups()
         )
-        pairs = [_tail(there, here) for there, here in zip(offered.blocks, targets, strict=True)]
+        # One that was preempted before its first token lacks what the source has of its answer.
+        num_blocks = self._num_blocks(min(source.num_tokens, request.num_tokens))
+        pairs = [
+            _tail(there[:num_blocks], here)
+            for there, here in zip(offered.blocks, targets, strict=True)
+        ]
         self._next.pulls.append(
             Pull(
                 request_id=request.request_id,
@@ -276,7 +281,7 @@ class SchedulerSide:
 
     def _hold(self, request: Request, block_ids: tuple[list[int], ...]) -> Source | None:
         num_tokens = request.num_prompt_tokens
-        num_blocks = -(-num_tokens // self._block_tokens)
+        num_blocks = self._num_blocks(num_tokens)
         groups = self._kv_cache_config.select_transfer_block_ids(block_ids)
         blocks = [group[:num_blocks] for group in groups]
         try:
@@ -305,6 +310,9 @@ class SchedulerSide:
             num_blocks=num_blocks,
             blocks=msgspec.msgpack.encode(offered),
         )
+
+    def _num_blocks(self, tokens: int) -> int:
+        return -(-tokens // self._block_tokens)
 
     def _pull_ended(self, part: PullResult) -> None:
         """One rank's part of a pull has ended."""
@@ -337,7 +345,7 @@ class PublishedExport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def _tail(there: tuple[int, ...], here: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The end of the source's list that matches the blocks still to be filled here."""
+    """The end of the offered blocks, which are those of all tokens, that is still missing here."""
     return (there[len(there) - len(here) :] if here else ()), tuple(here)
 
 

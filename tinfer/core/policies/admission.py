@@ -77,8 +77,8 @@ class Peak:
     def admits(self, request: Request, worker: Worker, now_s: float) -> bool:
         if not worker.has_seat:
             return False
-        if not worker.requests:
-            return True
+        if not worker.most_kv_tokens:
+            return True  # nobody is there, or nobody who has blocks
         most_tokens = request.prompt_tokens + request.lengths.points[-1]
         if worker.most_kv_tokens + most_tokens + worker.capacity.block_tokens < (
             worker.capacity_tokens
