@@ -28,9 +28,12 @@ def can_hand_off(source: Role, reader: Role) -> bool:
 class Fleet:
     """Live incarnations, and the workers of which one is still to come."""
 
-    def __init__(self, costs: CostModel, overflow_z: float = 0.0) -> None:
+    def __init__(
+        self, costs: CostModel, overflow_z: float = 0.0, ageing_tokens_per_s: float = 0.0
+    ) -> None:
         self._costs = costs
         self._overflow_z = overflow_z
+        self._ageing_tokens_per_s = ageing_tokens_per_s
         # Roles of the workers whose hand-offs wait for a reader with room.
         self.waiting_sources: set[Role] = set()
         # Requests that wait for a first worker.
@@ -70,6 +73,7 @@ class Fleet:
             event.capacity,
             self._costs,
             self._overflow_z,
+            self._ageing_tokens_per_s,
         )
         worker.learn_slowness(self._known_slowness(worker.id))
         self._by_id[worker.id] = worker

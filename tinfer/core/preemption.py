@@ -30,11 +30,11 @@ class Preemptions:
         self._ledger = ledger
         self._num_reprefills = 0
 
-    def lost(self, request: Request, worker: Worker, now_s: float) -> list[ev.Action]:
+    def lost(self, request: Request, worker: Worker) -> list[ev.Action]:
         """The request waits on that worker, without its blocks."""
         if request.phase is not Phase.DECODING or request.reprefill is not None:
             return [_go_on(request, worker)]
-        again = self._reprefill_of(request, worker, now_s)
+        again = self._reprefill_of(request, worker)
         candidates = [
             one
             for one in self._fleet.split_sources
@@ -77,14 +77,14 @@ class Preemptions:
             return []
         return [ev.AbortOn(again.id, again.at.id, again.at.generation)]
 
-    def _reprefill_of(self, request: Request, worker: Worker, now_s: float) -> Request:
+    def _reprefill_of(self, request: Request, worker: Worker) -> Request:
         """All that the request had, as a prompt."""
         return Request(
             id=f"{request.id}~{self._num_reprefills}",
             prompt_tokens=request.prompt_tokens + worker.generated_tokens(request),
             max_output_tokens=1,
             arrival_seq=request.arrival_seq,
-            arrived_s=now_s,
+            arrived_s=request.arrived_s,
             wish=None,
             lengths=certain(1),
             block_hashes=request.block_hashes,

@@ -36,6 +36,8 @@ from tinfer.core.worker import Worker
 
 # How long what arrived counts as what is asked for.
 DEMAND_MEMORY_S = 10.0
+# More prompt tokens per second of waiting than any two prompts differ by.
+FIRST_COME = 1e18
 
 
 class Scheduler:
@@ -43,7 +45,7 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._max_num_queued_reqs = config.max_num_queued_reqs
-        self._fleet = Fleet(config.costs, config.overflow_z)
+        self._fleet = Fleet(config.costs, config.overflow_z, ageing_tokens_per_s(config))
         self._demand = Demand(DEMAND_MEMORY_S)
         self._policies = build_policies(config, self._fleet, self._demand)
         self._queues = self._policies.queues
@@ -291,7 +293,7 @@ class Scheduler:
         for request_id in event.preempted:
             request = self._requests.at(request_id, worker)
             if request is not None:
-                self._actions += self._preemptions.lost(request, worker, now_s)
+                self._actions += self._preemptions.lost(request, worker)
 
     def _role_asked(self, event: ev.RoleAsked) -> None:
         worker = self._fleet.get(event.worker_id, event.generation)
@@ -390,6 +392,13 @@ class Scheduler:
 
     def _release(self, lease: Lease) -> None:
         self._actions.append(ev.ReleaseLease(self._ledger.release(lease)))
+
+
+def ageing_tokens_per_s(config: SchedulerConfig) -> float:
+    """Prompt tokens less that a second of waiting counts as; by order of arrival none overtakes."""
+    if config.prefill_order != "srpt":
+        return FIRST_COME
+    return config.ageing / max(config.costs.prefill_token_s, 1e-9)
 
 
 def _changes_little(event: ev.Event) -> bool:

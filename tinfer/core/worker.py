@@ -40,6 +40,8 @@ class Worker:
     costs: CostModel = field(default_factory=CostModel)
     # Standard deviations that `Peak.rare` lies above what is expected.
     overflow_z: float = 0.0
+    # Prompt tokens less that a second of waiting counts as.
+    ageing_tokens_per_s: float = 0.0
     requests: dict[str, Request] = field(default_factory=dict)
     outstanding_prefill_tokens: int = 0
     prefilling: dict[str, Request] = field(default_factory=dict)
@@ -111,19 +113,24 @@ class Worker:
         return self.has_seat and self.outstanding_prefill_tokens < limit_tokens
 
     def takes(self, request: Request) -> bool:
-        """The same for that request, where the engine computes the shortest prompt left first."""
+        """The same for that request, which shorter ones and those that waited longer go before."""
         limit_tokens = NUM_OUTSTANDING_CHUNKS * self.step_prefill_tokens
-        return self.has_seat and self.ahead_tokens(self.uncached_tokens(request)) < limit_tokens
+        if not self.has_seat:
+            return False
+        ahead_tokens, _ = self.around(request, self.uncached_tokens(request))
+        return ahead_tokens < limit_tokens
 
-    def ahead_tokens(self, tokens: int) -> int:
-        """Outstanding here of prompts that have no more left than that."""
-        return self.around(tokens)[0]
+    def around(self, request: Request, tokens: int) -> tuple[int, int]:
+        """Of the prompts here: outstanding tokens of those that go before that request, of which
+        `tokens` have to be computed, and how many it goes before.
 
-    def around(self, tokens: int) -> tuple[int, int]:
-        """The same, and how many prompts here have more left than that."""
+        Waiting ages a prompt here as in the queue. The engine itself goes by tokens alone, so what
+        bounds a long prompt's wait there is that no shorter one is sent any more once it has aged.
+        """
         ahead_tokens = num_longer = 0
+        ageing, arrived_s = self.ageing_tokens_per_s, request.arrived_s
         for one in self.prefilling.values():
-            if one.prefill_tokens <= tokens:
+            if one.prefill_tokens <= tokens + ageing * (arrived_s - one.arrived_s):
                 ahead_tokens += one.prefill_tokens
             else:
                 num_longer += 1

@@ -151,7 +151,7 @@ def prefill_cost_s(
 ) -> float:
     """Of computing the prompt there, behind `ahead_tokens` that wait for a worker like it."""
     num_new = worker.uncached_tokens(request)
-    before_tokens, num_longer = worker.around(num_new)
+    before_tokens, num_longer = worker.around(request, num_new)
     own_s = worker.prefill_s(num_new + before_tokens + ahead_tokens)
     if num_longer:  # they wait for it, and it for the step under way
         own_s += worker.prefill_s(worker.step_prefill_tokens) / 2.0
