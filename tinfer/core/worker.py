@@ -113,24 +113,27 @@ class Worker:
         return self.has_seat and self.outstanding_prefill_tokens < limit_tokens
 
     def takes(self, request: Request) -> bool:
-        """The same for that request, which shorter ones and those that waited longer go before."""
-        limit_tokens = NUM_OUTSTANDING_CHUNKS * self.step_prefill_tokens
+        """The same for that request, which shorter ones and those that waited longer go before.
+
+        The engine goes by tokens alone, so what bounds a long prompt's wait there is that no
+        shorter one is sent any more once it has aged, by as much as it would in the queue.
+        """
         if not self.has_seat:
             return False
-        ahead_tokens, _ = self.around(request, self.uncached_tokens(request))
-        return ahead_tokens < limit_tokens
-
-    def around(self, request: Request, tokens: int) -> tuple[int, int]:
-        """Of the prompts here: outstanding tokens of those that go before that request, of which
-        `tokens` have to be computed, and how many it goes before.
-
-        Waiting ages a prompt here as in the queue. The engine itself goes by tokens alone, so what
-        bounds a long prompt's wait there is that no shorter one is sent any more once it has aged.
-        """
-        ahead_tokens = num_longer = 0
-        ageing, arrived_s = self.ageing_tokens_per_s, request.arrived_s
+        tokens, arrived_s = self.uncached_tokens(request), request.arrived_s
+        ahead_tokens = 0
         for one in self.prefilling.values():
-            if one.prefill_tokens <= tokens + ageing * (arrived_s - one.arrived_s):
+            aged_tokens = self.ageing_tokens_per_s * (arrived_s - one.arrived_s)
+            if one.prefill_tokens <= tokens + aged_tokens:
+                ahead_tokens += one.prefill_tokens
+        return ahead_tokens < NUM_OUTSTANDING_CHUNKS * self.step_prefill_tokens
+
+    def around(self, tokens: int) -> tuple[int, int]:
+        """Of the prompts here: outstanding tokens of those with no more left than that, and how
+        many have more."""
+        ahead_tokens = num_longer = 0
+        for one in self.prefilling.values():
+            if one.prefill_tokens <= tokens:
                 ahead_tokens += one.prefill_tokens
             else:
                 num_longer += 1

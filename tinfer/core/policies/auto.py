@@ -34,10 +34,13 @@ from tinfer.core.worker import Worker
 
 # Of a prefill worker's time, what prompts may take before others take some of them too.
 FULL_SHARE = 0.85
+# The same as it counts for those who wait: a queue in front of a worker with more to do than it has
+# time for only ends when something starts elsewhere.
+FULL_LOAD = 0.9
 # What those who come after have of a second's wait, per request that is served meanwhile where a
 # share u of the time is taken, u / (1 - u). All of it would be right if nothing but the order of
-# arrival decided; most of them are shorter, or start elsewhere. The value is the best of a sweep
-# over 19 cells of `benchmarks/sim_grid.py`, flat between 0.2 and 0.4.
+# arrival decided; most of them are shorter, or start elsewhere. The best of a sweep over 19 cells
+# of `benchmarks/sim_grid.py`; `FULL_LOAD` over the five of them with long prompts alone.
 FOLLOWING_PART = 0.3
 # Of `crowding`, which is in steps of one sequence per token.
 CROWDING_PART = 0.25
@@ -65,12 +68,13 @@ class AutoPlacer:
         if not any(worker.takes(request) for worker in fleet.workers):
             return None
         ahead_tokens //= max(1, fleet.num_taking)
-        takers_share, others_share = self._prefill_shares(fleet, now_s)
+        takers, others = self._prefill_shares(fleet, now_s)
         starts, decodes = {}, {}
         for one in fleet.workers:
-            share = takers_share if one.role is Role.PREFILL else others_share
-            starts[one.id] = prefill_cost_s(request, one, ahead_tokens, share)
-            decodes[one.id] = decode_cost_s(request, one, share)
+            share = takers if one.role is Role.PREFILL else others
+            load = min(FULL_LOAD, share)
+            starts[one.id] = prefill_cost_s(request, one, ahead_tokens, load)
+            decodes[one.id] = decode_cost_s(request, one, min(FULL_SHARE, share))
         if request.max_output_tokens == 1:
             worker = min(fleet.workers, key=lambda one: (starts[one.id], one.id))
             return Placement(Route.WHOLE, worker) if worker.takes(request) else None
@@ -133,30 +137,30 @@ class AutoPlacer:
         """What prompts will take of a prefill worker's time and of another's, if they gather on
         prefill workers, or without any of those on all.
 
-        What those cannot take, at `FULL_SHARE` of their time, the others share.
+        What those cannot take, at `FULL_SHARE` of their time, the others share. More than 1 is more
+        than they have time for.
         """
         _, prompt_rate, _ = self._demand.rates(now_s)
         takers = [one for one in fleet.workers if one.role is Role.PREFILL] or fleet.workers
         num_takers, num_others = len(takers), len(fleet.workers) - len(takers)
         wanted = sum([one.costs.prefill_token_s * one.pace for one in takers]) / num_takers
         wanted *= prompt_rate
-        taken = min(FULL_SHARE, wanted / num_takers)
+        share = wanted / num_takers
         if not num_others:
-            return taken, taken
-        return taken, min(FULL_SHARE, max(0.0, wanted - taken * num_takers) / num_others)
+            return share, share
+        return share, max(0.0, wanted - min(FULL_SHARE, share) * num_takers) / num_others
 
 
-def prefill_cost_s(
-    request: Request, worker: Worker, ahead_tokens: int, prefill_share: float
-) -> float:
-    """Of computing the prompt there, behind `ahead_tokens` that wait for a worker like it."""
+def prefill_cost_s(request: Request, worker: Worker, ahead_tokens: int, load: float) -> float:
+    """Of computing the prompt there, behind `ahead_tokens` that wait for a worker like it, where
+    prompts take a share `load` of its time."""
     num_new = worker.uncached_tokens(request)
-    before_tokens, num_longer = worker.around(request, num_new)
+    before_tokens, num_longer = worker.around(num_new)
     own_s = worker.prefill_s(num_new + before_tokens + ahead_tokens)
     if num_longer:  # they wait for it, and it for the step under way
         own_s += worker.prefill_s(worker.step_prefill_tokens) / 2.0
     wait_s = own_s - worker.prefill_s(num_new)
-    following_s = FOLLOWING_PART * wait_s * prefill_share / (1.0 - prefill_share)
+    following_s = FOLLOWING_PART * wait_s * load / (1.0 - load)
     taken_s = worker.costs.prefill_token_s * num_new * worker.pace
     return own_s + following_s + (num_longer + worker.num_decoding) * taken_s
 
