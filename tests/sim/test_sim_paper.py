@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from msgspec.structs import replace
 from benchmarks import sim_paper
 from tinfer.config import ServeConfig
 from tinfer.core.lengths import HEAVY_TOKENS
+from tinfer.core.policies.registry import DECODE_CHOICES
 from tinfer.master.scheduling import scheduler_config
 from tinfer.sim import paper
 from tinfer.sim.arms import ReplicasArm, TinferArm
@@ -20,6 +22,15 @@ from tinfer.sim.boxes import preset_box, workers_of
 from tinfer.sim.paper import Setting
 
 SETTING = Setting()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_choice_is_left_registered() -> Iterator[None]:
+    """Figure 19 makes choices known to the scheduler of its process, which here is all tests'."""
+    before = dict(DECODE_CHOICES)
+    yield
+    DECODE_CHOICES.clear()
+    DECODE_CHOICES.update(before)
 
 
 def test_what_is_scored() -> None:
