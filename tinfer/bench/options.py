@@ -97,18 +97,6 @@ def parse_percentiles(text: str) -> tuple[float, ...]:
     return tuple(dict.fromkeys(values))
 
 
-def parse_settings(pairs: Iterable[str]) -> dict[str, float]:
-    """`NAME=NUMBER` pairs. Raises `ValueError`."""
-    settings = {}
-    for pair in pairs:
-        name, _, text = pair.partition("=")
-        try:
-            settings[name.strip()] = float(text)
-        except ValueError as error:
-            raise ValueError(f"{pair!r} is not NAME=NUMBER") from error
-    return settings
-
-
 def parse_headers(pairs: Iterable[str]) -> dict[str, str]:
     """`NAME=VALUE` pairs. Raises `ValueError`."""
     headers = {}

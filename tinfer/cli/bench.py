@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tinfer.cli import bench_compare, bench_model
+from tinfer.cli.ending import ended
+from tinfer.cli.options import checked, number_pairs
 from tinfer.cli.outputs import check_writable
-from tinfer.errors import StartError
 
 if TYPE_CHECKING:
     from tinfer.bench.options import BenchOptions
 
-EXIT_CANNOT_START = 2
-EXIT_INTERRUPTED = 130
 _SERVE_EPILOG = """
 \b
 Exit status: 0 when the run went to its end, even if some requests failed;
@@ -29,8 +27,6 @@ The result of --json is one object. Keys are those of `vllm bench serve`
 where it has them; tinfer/bench/metrics.py says what each one means.
 OPENAI_API_KEY is sent as the API key where it is set.
 """
-
-ParsedT = TypeVar("ParsedT")
 
 
 @click.group("bench", no_args_is_help=True)
@@ -83,6 +79,7 @@ command.add_command(bench_model.command)
     "workload_options",
     multiple=True,
     metavar="NAME=NUMBER",
+    callback=number_pairs,
     help="A setting of another workload.",
 )
 @click.option(
@@ -174,6 +171,7 @@ def serve(**given: Any) -> None:
     Every request is sent when it is due, whatever became of the others. Works with every server of
     the OpenAI API that takes prompts as token ids and `ignore_eos`.
     """
+    from tinfer.client.errors import TinferClientError
 
     def measured() -> int:
         options = _options(given)
@@ -182,7 +180,7 @@ def serve(**given: Any) -> None:
 
         return run(options)
 
-    sys.exit(_ended(measured))
+    sys.exit(ended(measured, TinferClientError))
 
 
 @command.command("plot")
@@ -208,22 +206,7 @@ def plot(files: tuple[Path, ...], folder: Path) -> None:
 
         return plot_files(files, folder)
 
-    sys.exit(_ended(drawn))
-
-
-def _ended(run: Callable[[], int]) -> int:
-    """The exit code; what cannot be done is one line on standard error."""
-    from tinfer.client.errors import TinferClientError
-
-    try:
-        return run()
-    except (StartError, TinferClientError) as error:
-        click.echo(f"tinfer: {error.message}", err=True)
-    except OSError as error:
-        click.echo(f"tinfer: {error.filename or 'cannot write'}: {error.strerror}", err=True)
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    return EXIT_CANNOT_START
+    sys.exit(ended(drawn))
 
 
 def _options(given: dict[str, Any]) -> BenchOptions:
@@ -237,7 +220,7 @@ def _options(given: dict[str, Any]) -> BenchOptions:
     if more_goals and not goals:
         raise click.UsageError(f"unexpected argument {more_goals[0]!r}")
     metrics, percentiles = given.pop("percentile_metrics"), given.pop("metric_percentiles")
-    headers = _checked("--header", bench.parse_headers, given.pop("headers"))
+    headers = checked("--header", bench.parse_headers, given.pop("headers"))
     if key := os.environ.get("OPENAI_API_KEY"):
         headers = {"Authorization": f"Bearer {key}", **headers}
     is_random = given["workload"] == bench.RANDOM
@@ -246,26 +229,16 @@ def _options(given: dict[str, Any]) -> BenchOptions:
             raise click.UsageError(f"{flag} does not go with --workload {given['workload']}")
     for name, default in bench.RANDOM_DEFAULTS.items() if is_random else ():
         given[name] = default if given[name] is None else given[name]
-    given["workload_options"] = _checked(
-        "--workload-option", bench.parse_settings, given["workload_options"]
-    )
     shown_host = f"[{host}]" if ":" in host else host
     return bench.BenchOptions(
         base_url=url or f"http://{shown_host}:{port}",
         ready_timeout_s=given.pop("ready_check_timeout_sec"),
-        slo=_checked("--goodput", parse_slo, (*goals, *more_goals)),
+        slo=checked("--goodput", parse_slo, (*goals, *more_goals)),
         metrics=bench.DEFAULT_METRICS
         if metrics is None
-        else _checked("--percentile-metrics", bench.parse_metrics, metrics),
-        percentiles=_checked("--metric-percentiles", bench.parse_percentiles, percentiles),
+        else checked("--percentile-metrics", bench.parse_metrics, metrics),
+        percentiles=checked("--metric-percentiles", bench.parse_percentiles, percentiles),
         headers=headers,
         show_progress=sys.stderr.isatty(),
         **given,
     )
-
-
-def _checked(flag: str, parse: Callable[[Any], ParsedT], given: Any) -> ParsedT:
-    try:
-        return parse(given)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint=flag) from error

@@ -6,19 +6,18 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from tinfer.cli.ending import ended
+from tinfer.cli.options import checked
 from tinfer.cli.outputs import check_writable
-from tinfer.errors import StartError
 
 if TYPE_CHECKING:
     from tinfer.bench.compare.arms import Arm
     from tinfer.bench.compare.options import CompareOptions
 
-EXIT_CANNOT_START = 2
-EXIT_INTERRUPTED = 130
 _EPILOG = """
 \b
 Arms: tinfer-auto, tinfer-split, tinfer-whole: one `tinfer serve` with that
@@ -38,7 +37,6 @@ The result of --json is one object; tinfer/bench/compare/app.py says what
 its keys mean.
 """
 
-ParsedT = TypeVar("ParsedT")
 _POSITIVE = click.IntRange(min=1)
 
 
@@ -185,21 +183,14 @@ def command(**given: Any) -> None:
     """
     from tinfer.client.errors import TinferClientError
 
-    try:
+    def compared() -> int:
         options, arms = _options(given)
         check_writable(options.json_path, options.plot_dir)
         from tinfer.bench.compare.app import run
 
-        code = run(options, arms)
-    except (StartError, TinferClientError) as error:
-        click.echo(f"tinfer: {error.message}", err=True)
-        code = EXIT_CANNOT_START
-    except OSError as error:
-        click.echo(f"tinfer: {error.filename or 'cannot write'}: {error.strerror}", err=True)
-        code = EXIT_CANNOT_START
-    except KeyboardInterrupt:
-        code = EXIT_INTERRUPTED
-    sys.exit(code)
+        return run(options, arms)
+
+    sys.exit(ended(compared, TinferClientError))
 
 
 def _options(given: dict[str, Any]) -> tuple[CompareOptions, tuple[Arm, ...]]:
@@ -208,7 +199,7 @@ def _options(given: dict[str, Any]) -> tuple[CompareOptions, tuple[Arm, ...]]:
     from tinfer.bench.compare.arms import default_arms, parse_arms
 
     named = given.pop("arms")
-    arms = default_arms() if named is None else _checked("--arms", parse_arms, named)
+    arms = default_arms() if named is None else checked("--arms", parse_arms, named)
     parsers: dict[str, Callable[[str], Any]] = {
         "workloads": compare.parse_workloads,
         "loads": compare.parse_loads,
@@ -223,20 +214,13 @@ def _options(given: dict[str, Any]) -> tuple[CompareOptions, tuple[Arm, ...]]:
         if given[name] is None:
             del given[name]
         else:
-            given[name] = _checked(flag, parse, given[name])
+            given[name] = checked(flag, parse, given[name])
     if given["model"] is None:
         del given["model"]
-    given["full_load"] = _checked("--full-load", compare.parse_rates, given["full_load"])
+    given["full_load"] = checked("--full-load", compare.parse_rates, given["full_load"])
     given["threads"] = given.pop("cpu_threads")
     if given["device"] == "auto":
         given["device"] = compare.device_for(given["num_workers"])
     if given["residency"] == "auto":
         given["residency"] = "alone" if given["device"] == "cuda" else "together"
     return compare.CompareOptions(**given), arms
-
-
-def _checked(flag: str, parse: Callable[[Any], ParsedT], given: Any) -> ParsedT:
-    try:
-        return parse(given)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint=flag) from error

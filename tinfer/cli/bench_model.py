@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
+from tinfer.cli.ending import ended
 from tinfer.cli.outputs import check_writable
-from tinfer.errors import StartError
 
 if TYPE_CHECKING:
     from tinfer.bench.prefill_cost import PrefillCost
 
-EXIT_CANNOT_START = 2
-EXIT_INTERRUPTED = 130
 # As tinfer.bench.heavy_model has them, which is not loaded for --help; a test compares.
 SIZE_NAMES = ("50m", "100m", "150m")
 _EPILOG = """
@@ -80,7 +78,7 @@ def command(
     """
     from tinfer.client.errors import TinferClientError
 
-    try:
+    def made() -> int:
         with _orderly_sigterm():
             check_writable(json_path, None)
             result = _made(folder, size, seed, is_silent=json_path == "-")
@@ -90,15 +88,9 @@ def command(
             if json_path != "-":
                 click.echo(cost.line())
         _write(result, json_path)
-    except (StartError, TinferClientError) as error:
-        click.echo(f"tinfer: {error.message}", err=True)
-    except OSError as error:
-        click.echo(f"tinfer: {error.filename or folder}: {error.strerror}", err=True)
-    except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
-    else:
-        return
-    sys.exit(EXIT_CANNOT_START)
+        return 0
+
+    sys.exit(ended(made, TinferClientError))
 
 
 @contextmanager

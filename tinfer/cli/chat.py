@@ -7,9 +7,7 @@ from pathlib import Path
 
 import click
 
-from tinfer.errors import StartError
-
-EXIT_CANNOT_START = 2
+from tinfer.cli.ending import ended
 
 
 @click.command("chat")
@@ -55,9 +53,4 @@ def command(
         temperature=temperature,
         transcript=transcript,
     )
-    try:
-        code = run(options)
-    except StartError as error:
-        click.echo(f"tinfer: {error.message}", err=True)
-        sys.exit(EXIT_CANNOT_START)
-    sys.exit(code)
+    sys.exit(ended(lambda: run(options)))

@@ -7,13 +7,14 @@ import re
 import types
 import typing
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, TypeVar, Union
 
 import click
 import msgspec
 from msgspec import Meta, Struct
 
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+ParsedT = TypeVar("ParsedT")
 
 
 class NumberRange(click.FloatRange):
@@ -65,7 +66,7 @@ def _option(name: str, hint: Any, default: Any) -> _Decorator:
         return click.option(flag, name, multiple=True, help=description)
     if base is dict:
         return click.option(
-            flag, name, multiple=True, metavar="NAME=VALUE", callback=_pairs, help=description
+            flag, name, multiple=True, metavar="NAME=VALUE", callback=number_pairs, help=description
         )
     kind: Any = click.Choice(typing.get_args(base)) if _is_choice(base) else _bounded(base, metas)
     shown = default is not None
@@ -117,8 +118,11 @@ def _bounded(base: Any, metas: list[Meta]) -> Any:
     return base if patterned is None else Words(patterned)
 
 
-def _pairs(_ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
-    pairs: dict[str, Any] = {}
+def number_pairs(
+    _ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> dict[str, float]:
+    """A click callback: the `NAME=NUMBER` pairs of an option that may be given several times."""
+    pairs: dict[str, float] = {}
     for value in values:
         name, equals, number = value.partition("=")
         try:
@@ -128,3 +132,11 @@ def _pairs(_ctx: click.Context, param: click.Parameter, values: tuple[str, ...])
         if not equals or not name:
             raise click.BadParameter(f"{value!r} is not NAME=NUMBER", param=param)
     return pairs
+
+
+def checked(flag: str, parse: Callable[[Any], ParsedT], given: Any) -> ParsedT:
+    """Raises `click.BadParameter` where the parser raises `ValueError`."""
+    try:
+        return parse(given)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint=flag) from error

@@ -10,7 +10,8 @@ import click
 
 from tinfer import config as configuration
 from tinfer.cli import sim_options
-from tinfer.cli.options import NumberRange
+from tinfer.cli.ending import ended
+from tinfer.cli.options import NumberRange, checked
 from tinfer.cli.outputs import check_writable
 from tinfer.errors import StartError
 
@@ -109,7 +110,7 @@ def command(context: click.Context, /, **given: Any) -> None:
 
         return run(options, scheduler_config)
 
-    sys.exit(sim_options.ended(planned))
+    sys.exit(ended(planned))
 
 
 def _given_names(context: click.Context) -> set[str]:
@@ -130,7 +131,7 @@ def _options(given: dict[str, Any], given_names: set[str]) -> PlanOptions:
     # `--slo ttft:500 tpot:50`: what follows the first one has no flag.
     if more_bounds and not bounds:
         raise click.UsageError(f"unexpected argument {more_bounds[0]!r}")
-    slo = sim_options.checked("--slo", parse_slo, (*bounds, *more_bounds) or ("loose",))
+    slo = checked("--slo", parse_slo, (*bounds, *more_bounds) or ("loose",))
     boxes = _boxes(given.pop("presets"), given.pop("tuned"))
     swept = {name: values for name, values in SWEPT.items() if name not in given_names}
     more_swept = parse_sweep(given.pop("sweep"))

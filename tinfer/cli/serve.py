@@ -9,10 +9,9 @@ import click
 import msgspec
 
 from tinfer import config as configuration
+from tinfer.cli.ending import EXIT_CANNOT_START
 from tinfer.cli.options import options_of
 from tinfer.errors import StartError
-
-EXIT_CANNOT_START = 2
 
 
 @click.command("serve")

@@ -7,23 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from tinfer.cli.options import NumberRange, options_of
+from tinfer.cli.options import NumberRange, number_pairs, options_of
 from tinfer.config import ServeConfig
-from tinfer.errors import StartError
 
 if TYPE_CHECKING:
     from tinfer.sim.boxes import Box
     from tinfer.sim.sources import Source
 
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-ParsedT = TypeVar("ParsedT")
-EXIT_CANNOT_START = 2
-EXIT_INTERRUPTED = 130
 
 # What only a real server has. Every other option of `tinfer serve` is simulated.
 NOT_SIMULATED = frozenset(
@@ -71,6 +67,7 @@ _SOURCE = (
         "workload_options",
         multiple=True,
         metavar="NAME=NUMBER",
+        callback=number_pairs,
         help="A setting of the workload.",
     ),
     click.option(
@@ -122,7 +119,7 @@ def taken_source(given: dict[str, Any], rate_rps: float | None) -> Source:
         length_scale=given.pop("length_scale"),
         max_prompt_tokens=given.pop("max_prompt_tokens"),
         max_output_tokens=given.pop("max_output_tokens"),
-        options=checked("--workload-option", parse_settings, settings),
+        options=settings,
     )
 
 
@@ -159,41 +156,6 @@ def measured(path: Path) -> Box:
     )
 
 
-def ended(run: Callable[[], int]) -> int:
-    """The exit code; what cannot be done is one line on standard error."""
-    try:
-        return run()
-    except StartError as error:
-        click.echo(f"tinfer: {error.message}", err=True)
-    except OSError as error:
-        click.echo(f"tinfer: {error.filename or 'cannot write'}: {error.strerror}", err=True)
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    return EXIT_CANNOT_START
-
-
-def parse_settings(pairs: tuple[str, ...]) -> dict[str, float]:
-    """`NAME=NUMBER` pairs. Raises `ValueError`."""
-    settings = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        try:
-            settings[name.strip()] = float(text)
-        except ValueError as error:
-            raise ValueError(f"{pair!r} is not NAME=NUMBER") from error
-        if not equals or not name.strip():
-            raise ValueError(f"{pair!r} is not NAME=NUMBER")
-    return settings
-
-
 def parse_names(text: str) -> tuple[str, ...]:
     """Comma-separated words, each once."""
     return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
-
-
-def checked(flag: str, parse: Callable[[Any], ParsedT], given: Any) -> ParsedT:
-    """Raises `click.BadParameter` where the parser raises `ValueError`."""
-    try:
-        return parse(given)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint=flag) from error

@@ -10,6 +10,7 @@ import click
 
 from tinfer import config as configuration
 from tinfer.cli import sim_options
+from tinfer.cli.ending import ended
 from tinfer.cli.options import NumberRange
 from tinfer.cli.outputs import check_writable
 
@@ -103,7 +104,7 @@ def command(**given: Any) -> None:
 
         return run(options, scheduler_config)
 
-    sys.exit(sim_options.ended(simulated))
+    sys.exit(ended(simulated))
 
 
 def _options(given: dict[str, Any]) -> SimulateOptions:

@@ -28,15 +28,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tinfer import config as configuration
+from tinfer.cli.ending import ended
 from tinfer.cli.options import options_of
 from tinfer.cli.outputs import check_writable
-from tinfer.errors import StartError
 
 if TYPE_CHECKING:
     from tinfer.tune.tuning import Tuning
 
-EXIT_CANNOT_START = 2
-EXIT_INTERRUPTED = 130
 # The options of `tinfer serve` that change what is measured.
 SHARED = (
     "revision",
@@ -135,19 +133,14 @@ def command(
     MODEL is as for `tinfer serve`, and so are the options that both have: measure with those that
     you serve with. Takes minutes on a CPU.
     """
-    try:
+
+    def tuned() -> int:
         check_writable(json_path, plot_dir)
         tuning = _of(values, max_chunk, repeats, seed, stored)
         _report(tuning, json_path, plot_dir)
-    except StartError as error:
-        click.echo(f"tinfer: {error.message}", err=True)
-    except OSError as error:
-        click.echo(f"tinfer: {error.filename or 'tune'}: {error.strerror}", err=True)
-    except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
-    else:
-        return
-    sys.exit(EXIT_CANNOT_START)
+        return 0
+
+    sys.exit(ended(tuned))
 
 
 def _of(values: dict[str, Any], max_chunk: int, repeats: int, seed: int, stored: bool) -> Tuning:
