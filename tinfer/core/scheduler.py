@@ -143,7 +143,7 @@ class Scheduler:
     def _arrived(self, event: ev.Arrived, now_s: float) -> None:
         if not self._fleet.workers:
             return self._refuse(event.request_id, "no-worker", "no worker is up")
-        if sum(map(len, self._queues.values())) >= self._max_num_queued_reqs:
+        if self._num_queued() >= self._max_num_queued_reqs:
             return self._refuse(event.request_id, "queue-full", "too many requests are waiting")
         wish = event.route or self._policies.wish
         if wish is Route.SPLIT and event.max_output_tokens == 1:
@@ -344,8 +344,7 @@ class Scheduler:
         self._actions.append(start(request.id, worker.id, worker.generation))
 
     def _flip(self, now_s: float) -> None:
-        num_queued = sum(map(len, self._queues.values()))
-        chosen = self._policies.flip.flip(self._fleet, num_queued, self._demand, now_s)
+        chosen = self._policies.flip.flip(self._fleet, self._demand, now_s)
         if chosen is not None:
             self._begin_flip(chosen)
         for worker in self._fleet.end_flips() if self._flip_reasons else ():
@@ -358,12 +357,15 @@ class Scheduler:
         self._flip_reasons[flip.worker.id] = flip.reason
 
     def _set_budgets(self) -> None:
-        self._fleet.num_queued = sum(map(len, self._queues.values()))
+        self._fleet.num_queued = self._num_queued()
         for worker in self._fleet.workers:
             tokens = self._policies.budget.budget(worker)
             if tokens != worker.budget_tokens:
                 worker.budget_tokens = tokens
                 self._actions.append(ev.SetBudget(worker.id, worker.generation, tokens))
+
+    def _num_queued(self) -> int:
+        return sum(map(len, self._queues.values()))
 
     # --- ends --------------------------------------------------------------------------------
 

@@ -29,8 +29,8 @@ class Worker:
     `outstanding_prefill_tokens` are prompt tokens sent and not yet known to be computed, those of
     `prefilling`; `num_decoding` have their first token. `num_placed_blocks` is what
     the prompts of `requests` need, with one token more each, and `num_held_blocks` what open leases
-    keep. `num_steps`, `busy_s` and `num_free_blocks` are what it said last; `slowness` is how long
-    its steps take, as a multiple of what `costs` make of them.
+    keep. `num_steps` and `busy_s` are what it said last, `slowness` is how long its steps take, a
+    multiple of what `costs` make of them.
     """
 
     id: str
@@ -51,7 +51,6 @@ class Worker:
     num_steps: int = 0
     busy_s: float = 0.0
     num_prefill_tokens: int = 0
-    num_free_blocks: int | None = None
     num_preempted: int = 0
     num_reprefilled: int = 0
     # A step of all that decodes here, by the model, at speed 1; and with what is to decode here.
@@ -250,7 +249,6 @@ class Worker:
         self.num_preempted += len(event.preempted)
         self.num_steps, self.busy_s = event.num_steps, event.busy_s
         self.num_prefill_tokens = event.num_prefill_tokens
-        self.num_free_blocks = event.num_free_blocks
         self.outlook.advance(event.num_steps)
         self._time_step()
 
@@ -266,10 +264,6 @@ class Worker:
             return 0
         tokens = 1 + self.num_steps - request.first_step
         return tokens if tokens < request.max_output_tokens else request.max_output_tokens
-
-    def prefill_share(self, now_s: float) -> float:
-        """Of the time lately, what went to prompts here."""
-        return self.recent_prefill_share * math.exp((self.reported_s - now_s) / MEMORY_S)
 
     @property
     def mean_inverse_length(self) -> float:

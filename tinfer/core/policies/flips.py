@@ -31,7 +31,7 @@ class Flip(NamedTuple):
 class Off:
     """Roles stay as they are."""
 
-    def flip(self, fleet: Fleet, num_queued: int, demand: Demand, now_s: float) -> Flip | None:
+    def flip(self, fleet: Fleet, demand: Demand, now_s: float) -> Flip | None:
         return None
 
 
@@ -45,7 +45,7 @@ class Watchdog:
         self._idle_s = idle_s
         self._busy_s: dict[str, float] = {}
 
-    def flip(self, fleet: Fleet, num_queued: int, demand: Demand, now_s: float) -> Flip | None:
+    def flip(self, fleet: Fleet, demand: Demand, now_s: float) -> Flip | None:
         for worker in fleet.workers:
             if not worker.is_idle:
                 self._busy_s[worker.id] = now_s
@@ -81,7 +81,7 @@ class Reactive:
         self._streak = 0
         self._flipped_s = -cooldown_s
 
-    def flip(self, fleet: Fleet, num_queued: int, demand: Demand, now_s: float) -> Flip | None:
+    def flip(self, fleet: Fleet, demand: Demand, now_s: float) -> Flip | None:
         if now_s - self._looked_s < PASS_S:
             return None
         self._looked_s = now_s

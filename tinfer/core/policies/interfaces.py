@@ -75,7 +75,7 @@ class BudgetPolicy(Protocol):
 class FlipPolicy(Protocol):
     """Which worker changes its role now, if any; asked again and again. At most one at a time."""
 
-    def flip(self, fleet: Fleet, num_queued: int, demand: Demand, now_s: float) -> Flip | None: ...
+    def flip(self, fleet: Fleet, demand: Demand, now_s: float) -> Flip | None: ...
 
 
 class PreemptionPolicy(Protocol):
