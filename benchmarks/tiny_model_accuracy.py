@@ -1,6 +1,6 @@
 """How often the built-in model is right on held-out prompts, split and in one plain engine.
 
-    python -m benchmarks.tiny_model_accuracy --num 200 --json tiny_model_accuracy.json
+    python -m benchmarks.tiny_model_accuracy --num 400 --json tiny_model_accuracy.json
 
 Keys: `results` has per task the share of exactly right answers through the split and through one
 plain vLLM engine; `num_differing_answers` counts prompts whose two answers differ at all.
@@ -23,7 +23,7 @@ from tinfer.tiny_model import MODEL_DIR
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--num", type=int, default=200, help="held-out prompts per task")
+    parser.add_argument("--num", type=int, default=400, help="held-out prompts per task")
     parser.add_argument("--json", type=argparse.FileType("w"), help="write the result here")
     arguments = parser.parse_args()
     examples = questions(arguments.num)

@@ -177,7 +177,7 @@ def _list(rng: random.Random) -> tuple[str, str]:
     name, members = rng.choice(list(CATEGORIES.items()))
     num = rng.randint(2, len(members))
     forms = ("List {n} {c}.", "Name {n} {c}.", "Give me {n} {c}.", "Tell me {n} {c}.")
-    lines = (f"{n}. {member}" for n, member in enumerate(members[:num], 1))
+    lines = (f"{n}/{num} {member}" for n, member in enumerate(members[:num], 1))
     return _pick(rng, forms, n=num, c=name), "\n".join(lines)
 
 
@@ -280,14 +280,14 @@ COPYING_FIRST: Mix = {
 }
 # Once it can copy, the others catch up.
 EVEN_MIX: Mix = {
-    "count": 13,
+    "count": 20,
     "repeat": 20,
-    "spell": 7,
-    "times": 16,
-    "list": 4,
-    "add": 8,
-    "story": 13,
-    "recall": 14,
+    "spell": 14,
+    "times": 10,
+    "list": 6,
+    "add": 9,
+    "story": 5,
+    "recall": 10,
     "small_talk": 2,
     "unknown": 3,
 }
