@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from tinfer.api.service import Delta, Generation, ModelCard, Stream
+from tinfer.api.service import Delta, Generation, ModelCard, Sink, Stream
 from tinfer.core.sampling import TokenLogprobs
 from tinfer.core.types import Role
 from tinfer.errors import InvalidRequest, TinferError
@@ -75,6 +75,11 @@ class CannedStream:
         self.cancelled = asyncio.Event()
         self.started = asyncio.Event()
         self.finished = False
+        self._sink: Sink | None = None
+        self.num_written_through = 0
+
+    def write_through(self, sink: Sink) -> None:
+        self._sink = sink
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         self.started.set()
@@ -83,6 +88,8 @@ class CannedStream:
                 raise item
             if isinstance(item, asyncio.Event):
                 await item.wait()
+            elif item.finish_reason is None and self._sink is not None and self._sink(item):
+                self.num_written_through += 1
             else:
                 yield item
         self.finished = True

@@ -183,7 +183,7 @@ async def test_the_longest_request_is_the_least_of_all_workers_also_after_a_rest
     master.up("decode-0", BF16)
     card = ModelCard(names=("m",), root="/m", max_model_len=64, vocab_size=9, created_s=0)
     server._service = service = MasterService(
-        server._dispatcher, server._scheduler, server._supervisor, card
+        server._dispatcher, server._scheduler, server._supervisor, card, server._lag
     )
     for max_model_len, served in ((100, 64), (48, 48), (64, 48)):
         master.down("decode-0")

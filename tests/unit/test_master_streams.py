@@ -67,6 +67,56 @@ async def test_any_interleaving_adds_up_to_the_same(
     assert reader.error is None
 
 
+@given(answers(), st.data())
+async def test_a_sink_that_takes_some_and_a_reader_have_all_in_order(
+    answer: list[Delta], data: st.DataObject
+) -> None:
+    expected = total(copy.deepcopy(answer))
+    stream = new_stream()
+    reader = Reader(stream)
+    taken: list[Delta] = []
+
+    def sink(delta: Delta) -> bool:
+        assert delta.finish_reason is None, "the last delta is the reader's"
+        if data.draw(st.booleans()):
+            taken.append(delta)
+            reader.deltas.append(delta)
+            return True
+        return False
+
+    stream.write_through(sink)
+    task = asyncio.create_task(reader.run())
+    for delta in answer:
+        if data.draw(st.booleans()):
+            await turn()
+        stream.push(delta)
+    await task
+    assert reader.total == expected
+    assert reader.error is None
+
+
+async def test_a_sink_is_offered_nothing_past_what_waits_nor_after_the_end() -> None:
+    stream = new_stream()
+    offered: list[str] = []
+
+    def sink(delta: Delta) -> bool:
+        offered.append(delta.text)
+        return delta.text != "b"
+
+    stream.write_through(sink)
+    for text in "abc":
+        stream.push(Delta(text, [1]))
+    assert offered == ["a", "b"]  # c goes behind b, which waits for the reader
+    reader = Reader(stream)
+    task = asyncio.create_task(reader.run())
+    await turn()
+    stream.push(Delta("d", [1]))
+    stream.cancel()
+    stream.push(Delta("e", [1]))
+    await task
+    assert (offered, [delta.text for delta in reader.deltas]) == (["a", "b", "d"], ["bc"])
+
+
 async def test_an_unread_answer_is_one_delta() -> None:
     stream = new_stream()
     for n in range(1000):

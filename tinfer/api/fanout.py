@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from types import TracebackType
 
-from tinfer.api.service import Delta, Generation, Service, Stream
+from tinfer.api.service import Delta, Generation, Service, Sink, Stream
 from tinfer.errors import EngineFailed
 
 # Deltas of different sequences that were ready at the same moment, with the sequence's index.
@@ -42,6 +42,11 @@ class Fanout:
         if len(self._streams) > 1:
             self._batches = self._read_all()
         return self._batches
+
+    def write_through(self, sink: Sink) -> None:
+        """Have `sink` take deltas before they become batches; several streams only make batches."""
+        if len(self._streams) == 1:
+            self._streams[0].write_through(sink)
 
     async def __aexit__(
         self,

@@ -8,6 +8,7 @@ import it, so `tokenizer.json` is loaded by the generic class that needs only `t
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -154,8 +155,9 @@ class Renderer:
                 param=param,
             )
         # The fast path of the library sets truncation on the shared object, which is not safe
-        # between threads; the object itself encodes without side effects.
-        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        # between threads; the object itself encodes without side effects. `encode` would hold the
+        # interpreter lock for as long as it takes, and with it every stream: 7 ms for 20,000 bytes.
+        (encoding,) = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
         return Prompt(token_ids=encoding.ids, text=text)
 
     def _render_chat(self, messages: list[Message], options: ChatOptions) -> Prompt:
@@ -210,6 +212,8 @@ def read_template(path_or_text: str) -> str:
 def _load_tokenizer(model_dir: Path) -> Tokenizer:
     if not (model_dir / "tokenizer.json").is_file():
         raise StartError(f"no tokenizer.json in {model_dir}")
+    # One text at a time has nothing to share out, and a pool of threads would not survive a fork.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
     try:

@@ -5,7 +5,7 @@ The master implements `Service`; tests of the API implement it with canned strea
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Literal, Protocol
 
 from msgspec import Struct
@@ -42,6 +42,10 @@ class Delta(Struct):
     trace: Trace | None = None
 
 
+# Whether it has taken the delta; one that it has not stays in its stream.
+Sink = Callable[[Delta], bool]
+
+
 class Stream(Protocol):
     """One running request. Iterate it to the end, or cancel it; cancel after the end is a no-op."""
 
@@ -50,6 +54,11 @@ class Stream(Protocol):
 
     def __aiter__(self) -> AsyncIterator[Delta]:
         """Deltas in order. Raises `ServerError` when the request fails midway."""
+        ...
+
+    def write_through(self, sink: Sink) -> None:
+        """From now on, offer each delta to `sink` as it comes, and leave to the iteration what that
+        does not take and the last one. No delta is offered while an earlier one is not read."""
         ...
 
     def cancel(self) -> None:

@@ -14,7 +14,7 @@ from tinfer.api.fanout import Batch, Fanout
 from tinfer.api.render import Prompt
 from tinfer.api.responses import CachedTokens, ChunkTail, PromptTokensDetails, Usage
 from tinfer.api.service import Delta, Generation, Service
-from tinfer.api.sse import DONE, error_event, open_stream
+from tinfer.api.sse import DONE, direct, error_event, open_stream
 from tinfer.api.trace import Shown, Trace, shown
 from tinfer.core.sampling import SamplingSpec, TokenLogprobs
 from tinfer.errors import EngineFailed, TinferError
@@ -188,9 +188,10 @@ async def answer(
 
     Raises what fails before the first byte.
     """
-    async with Fanout(service, sequences) as batches:
+    fanout = Fanout(service, sequences)
+    async with fanout as batches:
         if stream:
-            return await _stream(request, batches, reply, headers)
+            return await _stream(request, fanout, batches, reply, headers)
         answers = [Answer() for _ in sequences]
         async for batch in batches:
             for index, delta in batch:
@@ -200,13 +201,20 @@ async def answer(
 
 
 async def _stream(
-    request: web.Request, batches: AsyncIterator[Batch], reply: Reply, headers: dict[str, str]
+    request: web.Request,
+    fanout: Fanout,
+    batches: AsyncIterator[Batch],
+    reply: Reply,
+    headers: dict[str, str],
 ) -> web.StreamResponse:
     # The head waits for the first delta: what fails before it still has its own status.
     first = await anext(batches)
     response = await open_stream(request, headers)
     try:
         await response.write(reply.opening() + _events(reply, first))
+        sink = direct(request, lambda delta: _events(reply, [(0, delta)]))
+        if sink is not None:
+            fanout.write_through(sink)
         async for batch in batches:
             await response.write(_events(reply, batch))
         last = reply.closing()

@@ -1,16 +1,21 @@
 """Server-sent events: how chunks become bytes, and the response they are written to.
 
 One write per batch of deltas, no timer. A write waits when the client is slow, which in turn leaves
-the deltas in their stream, where they merge.
+the deltas in their stream, where they merge. To a client that keeps up, a delta is written as it
+comes (`Direct`): waking the handler's task for it would cost more than all the rest.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+
 import msgspec
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from msgspec import Struct
 
 from tinfer.api.responses import ChunkHead, ChunkTail, ErrorBody
+from tinfer.api.service import Delta
 
 DONE = b"data: [DONE]\n\n"
 _ENCODER = msgspec.json.Encoder()
@@ -48,3 +53,36 @@ async def open_stream(request: web.Request, headers: dict[str, str]) -> web.Stre
     )
     await response.prepare(request)
     return response
+
+
+class Direct:
+    """Writes deltas to the connection of a stream whose head is written, from outside its handler.
+
+    It takes a delta where the connection has sent all that it was given, and else leaves it: what
+    waits is written, merged, by the handler, who can wait for the client. `encode` makes the bytes
+    of the events; where it raises, the handler is left to find out and to say so.
+    """
+
+    def __init__(self, transport: asyncio.Transport, encode: Callable[[Delta], bytes]) -> None:
+        self._transport = transport
+        self._encode = encode
+
+    def __call__(self, delta: Delta) -> bool:
+        transport = self._transport
+        if transport.get_write_buffer_size() or transport.is_closing():
+            return False
+        try:
+            events = self._encode(delta)
+        except Exception:  # noqa: BLE001 - the handler meets it again and tells the client
+            return False
+        # A chunk of the chunked transfer coding, RFC 9112 section 7.1.
+        transport.write(b"%x\r\n%b\r\n" % (len(events), events))
+        return True
+
+
+def direct(request: web.Request, encode: Callable[[Delta], bytes]) -> Direct | None:
+    """For a request whose stream is open; None for a client of HTTP/1.0, which takes no chunks."""
+    transport = request.transport
+    if transport is None or request.version < HttpVersion11:
+        return None
+    return Direct(transport, encode)

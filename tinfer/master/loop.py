@@ -145,6 +145,11 @@ class Dispatcher:
         """Requests that a client still waits for."""
         return sum(1 for live in self._live.values() if not live.stream.ended)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether any request is not over and let go of by all."""
+        return bool(self._live)
+
     def fail_all(self, error: TinferError) -> None:
         """End every stream with an error, at the end of a shutdown that could not wait longer."""
         for live in list(self._live.values()):

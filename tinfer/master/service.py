@@ -13,6 +13,7 @@ from tinfer.api.service import Generation, ModelCard, Stream
 from tinfer.core.scheduler import Scheduler
 from tinfer.core.types import Role
 from tinfer.errors import InvalidRequest, NoWorker
+from tinfer.master.lag import BOUNDS_S, LagMeter
 from tinfer.master.loop import Dispatcher
 from tinfer.master.supervisor import Life, Supervisor
 from tinfer.wire.links import Incarnation
@@ -38,11 +39,13 @@ class MasterService:
         scheduler: Scheduler,
         supervisor: Supervisor,
         model: ModelCard,
+        lag: LagMeter,
     ) -> None:
         self._dispatcher = dispatcher
         self._scheduler = scheduler
         self._supervisor = supervisor
         self._model = model
+        self._lag = lag
         self._prefix = secrets.token_hex(4)
         self._numbers = itertools.count()
         self.mood = Mood.STARTING
@@ -124,4 +127,5 @@ class MasterService:
             "waiting": msgspec.to_builtins(self._dispatcher.waiting(NUM_WAITING_SHOWN)),
             "requests_by_phase": self._scheduler.ledger_snapshot().requests_by_phase,
             "num_finished": self._dispatcher.num_finished,
+            "loop_lag": {"bounds_s": BOUNDS_S, "counts": self._lag.counts},
         }

@@ -1,7 +1,8 @@
 """The stream of one request: the dispatcher pushes, one client reads.
 
 Nothing is queued per step: what the reader has not taken yet merges into one delta, so a stream
-holds at most one answer's worth of text and tokens, and a slow client gets fewer, larger chunks.
+holds at most one answer's worth of text and tokens, and a slow client gets fewer, larger chunks. A
+reader that keeps up need not even be woken: its sink takes each delta within the push.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 
-from tinfer.api.service import Delta
+from tinfer.api.service import Delta, Sink
 from tinfer.errors import TinferError
 
 
@@ -23,6 +24,7 @@ class RequestStream:
         self._error: TinferError | None = None
         self._ended = False
         self._waiter: asyncio.Future[None] | None = None
+        self._sink: Sink | None = None
 
     @property
     def request_id(self) -> str:
@@ -40,6 +42,8 @@ class RequestStream:
         if self._ended:
             return
         if self._pending is None:
+            if self._sink is not None and delta.finish_reason is None and self._sink(delta):
+                return
             self._pending = delta
         else:
             _merge(self._pending, delta)
@@ -75,6 +79,9 @@ class RequestStream:
                     await self._waiter
                 finally:
                     self._waiter = None
+
+    def write_through(self, sink: Sink) -> None:
+        self._sink = sink
 
     def cancel(self) -> None:
         if self._ended:

@@ -1,0 +1,33 @@
+"""How late the loop's turns are: what every stream waits for when one of them takes long."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from bisect import bisect_left
+from collections.abc import Callable
+
+# A turn that is late by no more than a bound counts there; the last count is what lies beyond.
+BOUNDS_S = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0)
+# While requests are live, and while nobody waits for anything. uvloop's timers go by milliseconds.
+BUSY_S, IDLE_S = 0.005, 0.1
+
+
+class LagMeter:
+    """Counts turns of the running loop by how late they are; `run` is a task of the caller's."""
+
+    def __init__(self, is_busy: Callable[[], bool]) -> None:
+        self._is_busy = is_busy
+        self.counts = [0] * (len(BOUNDS_S) + 1)
+
+    async def run(self) -> None:
+        """Never returns."""
+        while True:
+            wait_s = BUSY_S if self._is_busy() else IDLE_S
+            due_s = time.monotonic() + wait_s
+            await asyncio.sleep(wait_s)
+            self.add(time.monotonic() - due_s)
+
+    def add(self, lag_s: float) -> None:
+        """Count one turn."""
+        self.counts[bisect_left(BOUNDS_S, lag_s)] += 1
