@@ -284,7 +284,7 @@ class FakeEngine:
         cost_s = self._pace.step_s(scheduled.num_prompt_tokens, scheduled.num_decoding)
         if not cost_s:
             return
-        ends_s = time.monotonic() + cost_s
+        ends_s = self._pace.end_s(cost_s, is_first=self._was_idle)
         while True:
             self._pulls.advance()
             pull_ends_s = self._pulls.next_end_s

@@ -24,9 +24,10 @@ class FakeSettings(Struct, frozen=True, forbid_unknown_fields=True):
 
     `seed` and `vocab_size` make the model: together with a prompt and a sampling seed they fix
     every token. A step takes `step_s + prefill_token_s * prompt tokens + decode_seq_s * decoding
-    sequences`, give or take a share of `jitter`; a pull takes `pull_block_s` per block, one pull
-    after the other. An answer ends by itself with probability 1 / `mean_output_tokens` at each
-    token. Without `max_model_len` a request may fill the whole pool, up to 32768 tokens.
+    sequences`, give or take a share of `jitter`, this process's own work included; a pull takes
+    `pull_block_s` per block, one pull after the other. An answer ends by itself with probability
+    1 / `mean_output_tokens` at each token. Without `max_model_len` a request may fill the whole
+    pool, up to 32768 tokens.
     """
 
     num_blocks: Positive = 4096

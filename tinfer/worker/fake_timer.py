@@ -55,6 +55,7 @@ class Pace:
     def __init__(self, settings: FakeSettings, rng: random.Random) -> None:
         self._settings = settings
         self._rng = rng
+        self._ended_s = 0.0
 
     def step_s(self, num_prompt_tokens: int, num_decoding: int) -> float:
         settings = self._settings
@@ -63,6 +64,17 @@ class Pace:
             + settings.prefill_token_s * num_prompt_tokens
             + settings.decode_seq_s * num_decoding
         )
+
+    def end_s(self, cost_s: float, is_first: bool) -> float:
+        """When a step that begins now and takes so long ends, in monotonic time.
+
+        Of steps that follow each other, one begins when the last one ended: what this process does
+        in between is part of no step. One that is late by more than its own length begins later.
+        """
+        now_s = time.monotonic()
+        begun_s = now_s if is_first else max(self._ended_s, now_s - cost_s)
+        self._ended_s = begun_s + cost_s
+        return self._ended_s
 
     def pull_s(self, num_blocks: int) -> float:
         return self._varied(self._settings.pull_block_s * num_blocks)
