@@ -29,10 +29,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-import torch
 import zmq
-from handoff_copy import NUM_ALLOCATIONS, fragmented, hardware
 
+from tinfer.bench.compare.hardware import hardware_of
 from tinfer.core.sampling import SamplingSpec
 from tinfer.tiny_model import MODEL_DIR
 from tinfer.wire.control import WorkerSpec
@@ -49,6 +48,7 @@ from tinfer.wire.messages import (
     decode_to_master,
     encode,
 )
+from tinfer.worker.kv_bench.cache import NUM_ALLOCATIONS, fragmented
 
 KV_BYTES = 1 << 30
 MAX_MODEL_LEN = 8192
@@ -290,7 +290,7 @@ def main() -> None:
         "benchmark": "handoff_engine",
         "command": f"python benchmarks/handoff_engine.py --rounds {arguments.rounds}",
         "date": time.strftime("%Y-%m-%d"),
-        "hardware": hardware(torch.device("cpu")),
+        "hardware": hardware_of(),
         "num_allocations": NUM_ALLOCATIONS,
         "num_layers": NUM_LAYERS,
         "rounds": arguments.rounds,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tinfer.cli import bench_compare, bench_model
+from tinfer.cli import bench_compare, bench_frontend, bench_handoff, bench_model
 from tinfer.cli.ending import ended
 from tinfer.cli.options import checked, number_pairs
 from tinfer.cli.outputs import check_writable
@@ -35,6 +35,8 @@ def command() -> None:
 
 
 command.add_command(bench_compare.command)
+command.add_command(bench_frontend.command)
+command.add_command(bench_handoff.command)
 command.add_command(bench_model.command)
 
 

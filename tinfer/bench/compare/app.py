@@ -160,7 +160,7 @@ def result_of(
         "date": date,
         "command": shlex.join(["tinfer", *sys.argv[1:]]),
         "versions": versions(),
-        "hardware": hardware_of(options),
+        "hardware": hardware_of(options.device, options.cores, options.gpus),
         "settings": msgspec.to_builtins(options, enc_hook=str),
         "seed": options.seed,
         "resumed": recorded.resumed,

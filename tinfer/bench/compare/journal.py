@@ -143,7 +143,7 @@ def _asked(options: CompareOptions, arms: Sequence[Arm]) -> dict[str, Any]:
     """By name, all that has to be the same in every part, as it is read back from a journal."""
     settings = msgspec.json.decode(msgspec.json.encode(options, enc_hook=str))
     kept = {name: value for name, value in settings.items() if name not in _FREE}
-    hardware = hardware_of(options)
+    hardware = hardware_of(options.device, options.cores, options.gpus)
     return {
         **kept,
         "arms": [f"{arm.kind}={arm.name}" for arm in arms],

@@ -82,7 +82,7 @@ class Server:
     def freeze(self) -> None:
         """Stop all its processes where they are, so that they use nothing. Idempotent."""
         if not self._frozen:
-            self._frozen = self._family()
+            self._frozen = self.family()
             self._signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
@@ -95,16 +95,22 @@ class Server:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
 
-    def _family(self) -> list[psutil.Process]:
+    def family(self) -> list[psutil.Process]:
         """The server and everything below it, but not the guard."""
         with contextlib.suppress(psutil.NoSuchProcess):
             return psutil.Process(self._guard.pid).children(recursive=True)
         return []
 
+    @property
+    def front_pid(self) -> int:
+        """Of the process that was started, which is ready."""
+        assert self._front is not None
+        return self._front.pid
+
     def cpu_s(self) -> float:
         """Processor time of all its living processes so far."""
         total_s = 0.0
-        for process in self._family():
+        for process in self.family():
             with contextlib.suppress(psutil.NoSuchProcess):
                 times = process.cpu_times()
                 total_s += times.user + times.system

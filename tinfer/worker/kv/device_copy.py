@@ -26,7 +26,7 @@ _MAX_ROW_BYTES = 1 << 20
 _TEMP_BYTES = 32 << 20  # bound of the gather's scratch memory on the device
 # Ranges up to this mean size go to the index kernels: a copy engine has a fixed cost per range of
 # about a microsecond, the time in which a kernel moves a range of this size. By reasoning, not
-# measured; `benchmarks/handoff_copy.py` measures all three on the machine at hand.
+# measured; `tinfer bench handoff` measures all three on the machine at hand.
 _GATHER_BELOW_BYTES = 256 << 10
 _LOOP_UP_TO = 4
 
