@@ -1,6 +1,6 @@
-"""Writes the tables of docs/performance.md from results of `tinfer bench compare`.
+"""Writes the tables of docs/performance.md from results of `tinfer bench`.
 
-    python benchmarks/performance_tables.py
+    python -m benchmarks.performance_tables
 
 A test holds the document against what this would write.
 """
@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from benchmarks.cost_tables import cost_tables, head, row
 
 ROOT = Path(__file__).resolve().parents[1]
 Point = Mapping[str, Any]
@@ -38,15 +40,6 @@ RATIOS = (
     ("perf/$, paper's", "perf_per_dollar_paper"),
     ("perf/$, reciprocal", "perf_per_dollar_reciprocal"),
 )
-
-
-def row(*cells: str) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def head(*cells: str) -> Iterator[str]:
-    yield row(*cells)
-    yield "|" + "---|" * len(cells)
 
 
 def value_cell(metrics: Mapping[str, Any], names: tuple[str, ...], factor: float, form: str) -> str:
@@ -135,6 +128,8 @@ def number(one: Mapping[str, Any] | None) -> str:
 
 def tables(result: Mapping[str, Any]) -> dict[str, list[str]]:
     """Each table's lines, by name."""
+    if costs := cost_tables(result):
+        return costs
     kinds = {arm["name"]: arm["kind"] for arm in result["arms"]}
     return {
         "classes": list(classes(result)),

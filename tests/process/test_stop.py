@@ -46,8 +46,8 @@ async def refuses(server: Server) -> bool:
     host, port = server.url.removeprefix("http://").split(":")
     try:
         _, writer = await asyncio.open_connection(host, int(port))
-    except ConnectionRefusedError:
-        return True
+    except (ConnectionRefusedError, ConnectionResetError):
+        return True  # reset: it was closed with this connection still to be accepted
     writer.close()
     await writer.wait_closed()
     return False

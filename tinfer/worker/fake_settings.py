@@ -24,8 +24,9 @@ class FakeSettings(Struct, frozen=True, forbid_unknown_fields=True):
 
     `seed` and `vocab_size` make the model: together with a prompt and a sampling seed they fix
     every token. A step takes `step_s + prefill_token_s * prompt tokens + decode_seq_s * decoding
-    sequences`, give or take a share of `jitter`, this process's own work included; a pull takes
-    `pull_block_s` per block, one pull after the other. An answer ends by itself with probability
+    sequences`, give or take a share of `jitter`; with `steady` 1 the next one begins when that has
+    passed, whatever this process did in between. A pull takes `pull_block_s` per block, one pull
+    after the other. An answer ends by itself with probability
     1 / `mean_output_tokens` at each token. Without `max_model_len` a request may fill the whole
     pool, up to 32768 tokens.
     """
@@ -42,6 +43,7 @@ class FakeSettings(Struct, frozen=True, forbid_unknown_fields=True):
     decode_seq_s: Seconds = 0.0
     pull_block_s: Seconds = 0.0
     jitter: Share = 0.0
+    steady: Annotated[int, Meta(ge=0, le=1)] = 0
     fail_pull_rate: Share = 0.0  # pulls that fail although nothing is wrong
     refuse_prompt_tokens: Positive | None = None  # longer prompts are refused, as a client's fault
     die_after_steps: Positive | None = None  # the process ends in the middle of this computing step

@@ -68,10 +68,12 @@ class Pace:
     def end_s(self, cost_s: float, is_first: bool) -> float:
         """When a step that begins now and takes so long ends, in monotonic time.
 
-        Of steps that follow each other, one begins when the last one ended: what this process does
-        in between is part of no step. One that is late by more than its own length begins later.
+        Of steady steps that follow each other, one begins when the last one ended: what this
+        process does in between is part of no step. One that is late by more than its own length
+        begins later.
         """
         now_s = time.monotonic()
+        is_first = is_first or not self._settings.steady
         begun_s = now_s if is_first else max(self._ended_s, now_s - cost_s)
         self._ended_s = begun_s + cost_s
         return self._ended_s

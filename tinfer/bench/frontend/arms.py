@@ -49,6 +49,7 @@ def server_of(kind: Kind, mode: Mode, options: FrontendOptions) -> ServerPlan:
     for name, value in (
         ("step_s", step_s),
         ("decode_seq_s", seq_s),
+        ("steady", 1),
         ("num_blocks", NUM_FAKE_BLOCKS),
     ):
         argv += ["--fake-engine", f"{name}={value!r}"]
