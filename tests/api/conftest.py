@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,19 @@ class Server:
         assert said["error"].keys() == {"message", "type", "param", "code"}
         assert said["error"]["code"] == status
         return status, said["error"]
+
+
+async def send(
+    server: Server, path: str, body: dict[str, Any], version: str = "HTTP/1.1"
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """POST on a connection of its own, for tests of what happens to it."""
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    data = msgspec.json.encode(body)
+    head = f"POST {path} {version}\r\nHost: x\r\nContent-Type: application/json\r\n"
+    writer.write(head.encode() + b"Content-Length: %d\r\n\r\n" % len(data) + data)
+    await writer.drain()
+    return reader, writer
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,8 @@ from tests.api.wayward import (
     wayward,
 )
 from tinfer.bench import metrics
-from tinfer.bench.app import Interrupted, measure
+from tinfer.bench.app import measure
+from tinfer.bench.interruption import Interrupted
 from tinfer.bench.options import BenchOptions
 from tinfer.bench.records import BenchRecord
 from tinfer.errors import StartError

@@ -9,11 +9,12 @@ import msgspec
 import pytest
 
 from tests.api.canned import say
-from tests.api.conftest import Server
+from tests.api.conftest import Server, send
 from tinfer.api.service import Delta
 from tinfer.api.sse import Direct
 
 PIECES = tuple("abcdefgh")
+ASKED = {"prompt": "a", "stream": True}
 
 
 class Wire:
@@ -84,7 +85,7 @@ async def test_answers_of_several_sequences_go_by_the_handler(server: Server) ->
 
 async def test_a_client_of_http_1_0_gets_no_chunks(server: Server) -> None:
     server.service.script = lambda index: say(*PIECES)
-    reader, writer = await _ask(server, "HTTP/1.0")
+    reader, writer = await send(server, "/v1/completions", ASKED, "HTTP/1.0")
     head, _, body = (await reader.read()).partition(b"\r\n\r\n")
     assert b"chunked" not in head.lower()
     events = [line for line in body.split(b"\n\n") if line]
@@ -99,7 +100,7 @@ async def test_a_client_that_does_not_read_gets_all_once_it_does(server: Server)
     server.service.script = lambda index: [
         item for delta in say(*pieces) for item in (delta, _soon())
     ]
-    reader, writer = await _ask(server, "HTTP/1.1")
+    reader, writer = await send(server, "/v1/completions", ASKED, "HTTP/1.1")
     await reader.readuntil(b"\r\n\r\n")
     await asyncio.sleep(0.3)
     body = b""
@@ -115,15 +116,6 @@ def _soon() -> asyncio.Event:
     event = asyncio.Event()
     asyncio.get_running_loop().call_later(0.01, event.set)
     return event
-
-
-async def _ask(server: Server, version: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    host, _, port = server.url.removeprefix("http://").partition(":")
-    reader, writer = await asyncio.open_connection(host, int(port), limit=1 << 16)
-    data = msgspec.json.encode({"prompt": "a", "stream": True})
-    head = f"POST /v1/completions {version}\r\nHost: x\r\nContent-Type: application/json\r\n"
-    writer.write(head.encode() + b"Content-Length: %d\r\n\r\n" % len(data) + data)
-    return reader, writer
 
 
 def _text(events: list[bytes]) -> str:

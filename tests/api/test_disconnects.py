@@ -5,28 +5,15 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import msgspec
 import pytest
 
-from tests.api.conftest import Server
+from tests.api.conftest import Server, send
 from tinfer.api.service import Delta
 
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": ["a", "b"], "n": 2},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "n": 4},
 }
-
-
-async def send(
-    server: Server, path: str, body: dict[str, Any]
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    host, _, port = server.url.removeprefix("http://").partition(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    data = msgspec.json.encode(body)
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    writer.write(head.encode() + b"Content-Length: %d\r\n\r\n" % len(data) + data)
-    await writer.drain()
-    return reader, writer
 
 
 @pytest.mark.parametrize("path", list(BODIES))

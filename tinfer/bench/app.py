@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,13 @@ from tqdm import tqdm
 
 import tinfer
 from tinfer.bench import report
+from tinfer.bench.interruption import Interrupted, unless_stopped
 from tinfer.bench.metrics import figures_of
 from tinfer.bench.options import BenchOptions
 from tinfer.bench.outcome import LoadRun, Outcome, Planned
 from tinfer.bench.plan import check_fits, plan_of, requests_of, warm_ups_of
 from tinfer.bench.records import records_of
-from tinfer.bench.sender import Sender, open_session
+from tinfer.bench.sender import Sender, frozen_heap, open_session
 from tinfer.bench.target import Target, TokenRange, find_target, vocab_size_of
 from tinfer.client.aio import TRACE_HEADER
 from tinfer.errors import StartError
@@ -32,10 +32,6 @@ from tinfer.errors import StartError
 EXIT_OK = 0
 EXIT_NOTHING_COMPLETED = 1
 EXIT_INTERRUPTED = 130
-
-
-class Interrupted(Exception):
-    """Stopped before any load was sent; there is nothing to report."""
 
 
 def run(options: BenchOptions) -> int:
@@ -77,7 +73,7 @@ async def measure(options: BenchOptions, stop: asyncio.Event) -> dict[str, Any]:
 
     Raises `StartError`, `TinferClientError` and `Interrupted` before any load is sent.
     """
-    target = await _unless_stopped(
+    target = await unless_stopped(
         find_target(options.base_url, options.model, options.headers, options.ready_timeout_s), stop
     )
     requests = requests_of(options)
@@ -108,19 +104,6 @@ async def measure(options: BenchOptions, stop: asyncio.Event) -> dict[str, Any]:
     return result
 
 
-async def _unless_stopped(finding: Coroutine[Any, Any, Target], stop: asyncio.Event) -> Target:
-    asking, stopping = asyncio.create_task(finding), asyncio.create_task(stop.wait())
-    try:
-        await asyncio.wait({asking, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in (asking, stopping):
-            task.cancel()
-        await asyncio.wait({asking, stopping})
-    if asking.cancelled():
-        raise Interrupted
-    return asking.result()
-
-
 async def _send(
     options: BenchOptions,
     target: Target,
@@ -141,7 +124,7 @@ async def _send(
             return LoadRun(
                 outcomes=[], duration_s=0.0, cpu_s=0.0, interrupted=True, num_not_sent=len(plan)
             )
-        with _progress(options, "requests", len(plan)) as on_end, _frozen_heap():
+        with _progress(options, "requests", len(plan)) as on_end, frozen_heap():
             return await Sender(session, url, options.max_concurrency, on_end).run(plan, stop)
 
 
@@ -151,17 +134,6 @@ def _check_warm(warm: LoadRun) -> None:
         raise StartError(
             f"{len(failed)} of {len(warm.outcomes)} warm-up requests failed: {failed[0].error}"
         )
-
-
-@contextmanager
-def _frozen_heap() -> Iterator[None]:
-    """What is allocated by now is not looked through by the collector, which would pause sends."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 @contextmanager

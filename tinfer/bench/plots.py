@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinfer.bench.drawing import new_figure, saved
 from tinfer.bench.figures import (
     Curve,
     Lane,
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_DPI = 120
 # From matplotlib's "tab10", told apart by the colour-blind too.
 _COLOURS: dict[Phase, str] = {"prefill": "tab:orange", "hand-off": "tab:gray", "decode": "tab:blue"}
 _ROW_INCHES = 0.12
@@ -39,34 +39,18 @@ def draw_all(results: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     if cdfs := latency_cdfs(results):
-        drawn.append(_saved(_draw_cdfs(cdfs), folder / "latency.png"))
+        drawn.append(saved(_draw_cdfs(cdfs), folder / "latency.png"))
     if curves := goodput_over_load(results):
-        drawn.append(_saved(_draw_goodput(curves), folder / "goodput.png"))
+        drawn.append(saved(_draw_goodput(curves), folder / "goodput.png"))
     for number, result in enumerate(results):
         if lanes := timeline(result.get("records", ())):
             name = "timeline.png" if len(results) == 1 else f"timeline-{number}.png"
-            drawn.append(_saved(_draw_timeline(lanes, label_of(result)), folder / name))
+            drawn.append(saved(_draw_timeline(lanes, label_of(result)), folder / name))
     return drawn
 
 
-def _figure(width: float, height: float, num_columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure and its axes side by side, drawn without a window system."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, num_columns, squeeze=False)
-    return figure, list(axes[0])
-
-
-def _saved(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=_DPI)
-    return path
-
-
 def _draw_cdfs(cdfs: Mapping[str, Sequence[Curve]]) -> Figure:
-    figure, panels = _figure(4.5 * len(cdfs), 3.8, len(cdfs))
+    figure, panels = new_figure(4.5 * len(cdfs), 3.8, len(cdfs))
     for axes, (metric, curves) in zip(panels, cdfs.items(), strict=True):
         for curve in curves:
             axes.plot(curve.x, curve.y, drawstyle="steps-post", label=curve.label)
@@ -82,7 +66,7 @@ def _draw_cdfs(cdfs: Mapping[str, Sequence[Curve]]) -> Figure:
 
 
 def _draw_goodput(curves: Sequence[Curve]) -> Figure:
-    figure, (axes,) = _figure(6.0, 4.2)
+    figure, (axes,) = new_figure(6.0, 4.2)
     for curve in curves:
         axes.plot(curve.x, curve.y, marker="o", label=curve.label)
     highest = max(curve.x[-1] for curve in curves)
@@ -98,7 +82,7 @@ def _draw_goodput(curves: Sequence[Curve]) -> Figure:
 
 def _draw_timeline(lanes: Sequence[Lane], title: str) -> Figure:
     num_rows = sum(lane.num_rows + _LANE_GAP_ROWS for lane in lanes)
-    figure, (axes,) = _figure(12.0, min(_MAX_TIMELINE_INCHES, 1.5 + _ROW_INCHES * num_rows))
+    figure, (axes,) = new_figure(12.0, min(_MAX_TIMELINE_INCHES, 1.5 + _ROW_INCHES * num_rows))
     at_row = 0
     ticks = []
     for lane in lanes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -122,3 +124,9 @@ def _errors(counts: Mapping[str, int]) -> Iterator[str]:
 def _row(label: str, value: float | None) -> str:
     shown = "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
     return f"{label + ':':<{_LABEL_WIDTH}} {shown:<10}"
+
+
+def say(line: str) -> None:
+    """One line of progress with the time of day, on standard error."""
+    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+    sys.stderr.flush()

@@ -12,7 +12,7 @@ import click
 from tinfer.cli import bench_compare, bench_frontend, bench_handoff, bench_model
 from tinfer.cli.ending import ended
 from tinfer.cli.options import checked, number_pairs
-from tinfer.cli.outputs import check_writable
+from tinfer.cli.outputs import check_writable, json_option, plot_option
 
 if TYPE_CHECKING:
     from tinfer.bench.options import BenchOptions
@@ -153,20 +153,9 @@ command.add_command(bench_model.command)
     help="Ask tinfer how each answer was served. Default: where the server is tinfer.",
 )
 @click.option("--label", help="Name of this server in plots.")
-@click.option(
-    "--json",
-    "json_path",
-    metavar="FILE",
-    help="Write the result here; - is standard output, and then only JSON.",
-)
+@json_option()
 @click.option("--save-detailed", is_flag=True, help="Keep a record of each request in the result.")
-@click.option(
-    "--plot",
-    "plot_dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    metavar="DIR",
-    help="Draw latencies and, for tinfer, who computed what.",
-)
+@plot_option("Draw latencies and, for tinfer, who computed what.")
 def serve(**given: Any) -> None:
     """Offer load to a running server, and report what its clients see.
 

@@ -12,7 +12,7 @@ import click
 
 from tinfer.cli.ending import ended
 from tinfer.cli.options import checked
-from tinfer.cli.outputs import check_writable
+from tinfer.cli.outputs import check_writable, json_option, plot_option
 
 if TYPE_CHECKING:
     from tinfer.bench.compare.arms import Arm
@@ -154,23 +154,12 @@ _POSITIVE = click.IntRange(min=1)
     metavar="DIR",
     help="Keep the servers' output.",
 )
-@click.option(
-    "--json",
-    "json_path",
-    metavar="FILE",
-    help="Write the result here; - is standard output, and then only JSON.",
-)
+@json_option()
 @click.option(
     "--resume", is_flag=True, help="Go on where FILE.journal of --json FILE ends, if it is there."
 )
 @click.option("--save-detailed", is_flag=True, help="Keep a record of each request in the result.")
-@click.option(
-    "--plot",
-    "plot_dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    metavar="DIR",
-    help="Draw goodput over load, latencies and ratios.",
-)
+@plot_option("Draw goodput over load, latencies and ratios.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and exit; starts nothing.")
 def command(**given: Any) -> None:
     """Compare tinfer with plain vLLM serving MODEL on the same devices, in one run.

@@ -11,7 +11,7 @@ import click
 
 from tinfer.cli.ending import ended
 from tinfer.cli.options import NumberRange, checked
-from tinfer.cli.outputs import check_writable
+from tinfer.cli.outputs import check_writable, json_option, plot_option
 
 if TYPE_CHECKING:
     from tinfer.bench.frontend.options import FrontendOptions
@@ -83,19 +83,8 @@ _POSITIVE = click.IntRange(min=1)
     metavar="DIR",
     help="Keep what the servers say here.",
 )
-@click.option(
-    "--json",
-    "json_path",
-    metavar="FILE",
-    help="Write the result here; - is standard output, and then only JSON.",
-)
-@click.option(
-    "--plot",
-    "plot_dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    metavar="DIR",
-    help="Draw what a token costs.",
-)
+@json_option()
+@plot_option("Draw what a token costs.")
 def command(**given: Any) -> None:
     """Measure what the front end costs, in processor time per token and per request.
 

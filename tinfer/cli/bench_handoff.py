@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
 
 from tinfer.cli.ending import ended
 from tinfer.cli.options import checked
-from tinfer.cli.outputs import check_writable
+from tinfer.cli.outputs import check_writable, json_option, plot_option
 
 _EPILOG = """
 \b
@@ -55,19 +54,8 @@ its keys mean.
 )
 @click.option("--rounds", type=click.IntRange(min=1), default=15, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True)
-@click.option(
-    "--json",
-    "json_path",
-    metavar="FILE",
-    help="Write the result here; - is standard output, and then only JSON.",
-)
-@click.option(
-    "--plot",
-    "plot_dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    metavar="DIR",
-    help="Draw speed over size.",
-)
+@json_option()
+@plot_option("Draw speed over size.")
 def command(**given: Any) -> None:
     """Measure how fast KV blocks are copied between two processes, against memcpy.
 

@@ -14,7 +14,7 @@ import click
 import msgspec
 
 from tinfer.cli.ending import ended
-from tinfer.cli.outputs import check_writable
+from tinfer.cli.outputs import check_writable, json_option
 
 if TYPE_CHECKING:
     from tinfer.bench.prefill_cost import PrefillCost
@@ -61,12 +61,7 @@ fields of tinfer/bench/prefill_cost.py.
     show_default=True,
     help="CPU threads of the worker of --measure.",
 )
-@click.option(
-    "--json",
-    "json_path",
-    metavar="FILE",
-    help="Write the result here; - is standard output, and then only JSON.",
-)
+@json_option()
 def command(
     folder: Path, size: str, seed: int, measure: bool, cpu_threads: int, json_path: str | None
 ) -> None:

@@ -1,11 +1,30 @@
-"""Where results go, looked at before the work: what would fail after it fails before it."""
+"""Where results go: the options that say so, and a look before the work at what fails after it."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import click
 
 from tinfer.errors import StartError
+
+_Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def json_option(
+    words: str = "Write the result here; - is standard output, and then only JSON.",
+) -> _Decorator:
+    """`--json FILE`, as `json_path`."""
+    return click.option("--json", "json_path", metavar="FILE", help=words)
+
+
+def plot_option(words: str) -> _Decorator:
+    """`--plot DIR`, as `plot_dir`."""
+    folder = click.Path(file_okay=False, path_type=Path)
+    return click.option("--plot", "plot_dir", type=folder, metavar="DIR", help=words)
 
 
 def check_writable(json_path: str | None, plot_dir: Path | None) -> None:

@@ -12,7 +12,7 @@ from tinfer import config as configuration
 from tinfer.cli import sim_options
 from tinfer.cli.ending import ended
 from tinfer.cli.options import NumberRange, checked
-from tinfer.cli.outputs import check_writable
+from tinfer.cli.outputs import check_writable, json_option, plot_option
 from tinfer.errors import StartError
 
 if TYPE_CHECKING:
@@ -80,19 +80,8 @@ keys mean.
 )
 @click.option("--jobs", "num_jobs", type=sim_options.POSITIVE, help="Processes. Default: cores.")
 @sim_options.policy_options(_FOUND)
-@click.option(
-    "--json",
-    "json_path",
-    metavar="FILE",
-    help="Write the result here; - is standard output, and then only JSON.",
-)
-@click.option(
-    "--plot",
-    "plot_dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    metavar="DIR",
-    help="Draw the ranking.",
-)
+@json_option()
+@plot_option("Draw the ranking.")
 @click.pass_context
 def command(context: click.Context, /, **given: Any) -> None:
     """Find how to serve a workload on so many GPUs, by simulation.

@@ -11,6 +11,7 @@ import msgspec
 from tinfer import config as configuration
 from tinfer.cli.ending import EXIT_CANNOT_START
 from tinfer.cli.options import options_of
+from tinfer.cli.outputs import json_option
 from tinfer.errors import StartError
 
 
@@ -18,12 +19,7 @@ from tinfer.errors import StartError
 @click.argument("model", required=False)
 @options_of(configuration.ServeConfig, skip=frozenset({"model"}))
 @click.option("--dry-run", is_flag=True, help="Print the plan and exit; starts nothing.")
-@click.option(
-    "--json",
-    "json_path",
-    metavar="FILE",
-    help="With --dry-run: write the plan as JSON; - is standard output, and then only JSON.",
-)
+@json_option("With --dry-run: write the plan as JSON; - is standard output, and then only JSON.")
 def command(dry_run: bool, json_path: str | None, **values: Any) -> None:
     """Serve MODEL on an OpenAI-compatible API, prefill and decode in separate workers.
 

@@ -12,7 +12,7 @@ from tinfer import config as configuration
 from tinfer.cli import sim_options
 from tinfer.cli.ending import ended
 from tinfer.cli.options import NumberRange
-from tinfer.cli.outputs import check_writable
+from tinfer.cli.outputs import check_writable, json_option, plot_option
 
 if TYPE_CHECKING:
     from tinfer.sim.app import SimulateOptions
@@ -76,20 +76,9 @@ mean. Equal options give equal bytes, but for the date.
     show_default=True,
     help="Standard deviation of the logarithm of step times.",
 )
-@click.option(
-    "--json",
-    "json_path",
-    metavar="FILE",
-    help="Write the result here; - is standard output, and then only JSON.",
-)
+@json_option()
 @click.option("--save-detailed", is_flag=True, help="Keep each request in the result.")
-@click.option(
-    "--plot",
-    "plot_dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    metavar="DIR",
-    help="Draw latencies, and who computed what.",
-)
+@plot_option("Draw latencies, and who computed what.")
 def command(**given: Any) -> None:
     """Simulate tinfer on a box that need not be there, deciding by the scheduler of the server.
 

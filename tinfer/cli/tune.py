@@ -30,7 +30,7 @@ import click
 from tinfer import config as configuration
 from tinfer.cli.ending import ended
 from tinfer.cli.options import options_of
-from tinfer.cli.outputs import check_writable
+from tinfer.cli.outputs import check_writable, json_option, plot_option
 
 if TYPE_CHECKING:
     from tinfer.tune.tuning import Tuning
@@ -105,19 +105,8 @@ after Ctrl-C, and then nothing is stored.
     help="Of the prompts, which are random.",
 )
 @click.option("--stored", is_flag=True, help="Show what is stored; measures nothing.")
-@click.option(
-    "--json",
-    "json_path",
-    metavar="FILE",
-    help="Write the tuning here too; - is standard output, and then only JSON.",
-)
-@click.option(
-    "--plot",
-    "plot_dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    metavar="DIR",
-    help="Draw prefill.png, decode.png and handoff.png there.",
-)
+@json_option("Write the tuning here too; - is standard output, and then only JSON.")
+@plot_option("Draw prefill.png, decode.png and handoff.png there.")
 @options_of(configuration.ServeConfig, skip=_OTHERS)
 def command(
     max_chunk: int,

@@ -26,9 +26,8 @@ class FakeSettings(Struct, frozen=True, forbid_unknown_fields=True):
     every token. A step takes `step_s + prefill_token_s * prompt tokens + decode_seq_s * decoding
     sequences`, give or take a share of `jitter`; with `steady` 1 the next one begins when that has
     passed, whatever this process did in between. A pull takes `pull_block_s` per block, one pull
-    after the other. An answer ends by itself with probability
-    1 / `mean_output_tokens` at each token. Without `max_model_len` a request may fill the whole
-    pool, up to 32768 tokens.
+    after the other. An answer ends by itself with probability 1 / `mean_output_tokens` at each
+    token. Without `max_model_len` a request may fill the whole pool, up to 32768 tokens.
     """
 
     num_blocks: Positive = 4096

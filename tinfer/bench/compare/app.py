@@ -23,7 +23,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
-import signal
 import sys
 import tempfile
 import time
@@ -44,6 +43,8 @@ from tinfer.bench.compare.options import CompareOptions, usable_cores, with_devi
 from tinfer.bench.compare.recorded import Recorded, Run
 from tinfer.bench.compare.session import record
 from tinfer.bench.compare.steps import points_of, steps_of
+from tinfer.bench.interruption import stop_on_signals
+from tinfer.bench.report import say
 from tinfer.errors import StartError
 
 EXIT_OK = 0
@@ -108,20 +109,8 @@ async def _until_ctrl_c(
     journal: Journal,
     recorded: Recorded,
 ) -> None:
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    try:
-        await record(options, arms, scratch, stop, _say, journal, recorded)
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {line}\n")
-    sys.stderr.flush()
+    with stop_on_signals() as stop:
+        await record(options, arms, scratch, stop, say, journal, recorded)
 
 
 def compared(options: CompareOptions, arms: Sequence[Arm], recorded: Recorded) -> list[PointResult]:

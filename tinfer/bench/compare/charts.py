@@ -17,13 +17,13 @@ from tinfer.bench.compare.comparison import PointResult
 from tinfer.bench.compare.metrics import METRICS
 from tinfer.bench.compare.recorded import Run
 from tinfer.bench.compare.samples import Floats
+from tinfer.bench.drawing import new_figure, saved
 from tinfer.bench.figures import Curve, cdf
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_DPI = 120
 _RATIOS = (
     *("goodput_loose", "goodput_tight", "mean_ttft_ms", "mean_tpot_ms", "p99_itl_ms"),
     *("mean_e2el_ms", "p99_e2el_ms", "perf_per_dollar_paper", "perf_per_dollar_reciprocal"),
@@ -102,7 +102,7 @@ def draw_all(points: Sequence[PointResult], runs: Sequence[Run], folder: Path) -
     """Every picture there are numbers for, in `folder`, which is made. Raises `OSError`."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = [
-        _saved(_goodput(points, workload), folder / f"goodput-{workload}.png")
+        saved(_goodput(points, workload), folder / f"goodput-{workload}.png")
         for workload in dict.fromkeys(one.workload for one in points)
     ]
     for point in points:
@@ -112,28 +112,13 @@ def draw_all(points: Sequence[PointResult], runs: Sequence[Run], folder: Path) -
             for run in runs
             if (run.step.point.workload, run.step.point.load) == (point.workload, point.load)
         ]
-        drawn.append(_saved(_latencies(mine, point), folder / f"latency-{name}"))
-        drawn.append(_saved(_ratios(point), folder / f"ratios-{name}"))
+        drawn.append(saved(_latencies(mine, point), folder / f"latency-{name}"))
+        drawn.append(saved(_ratios(point), folder / f"ratios-{name}"))
     return drawn
 
 
-def _figure(width: float, height: float, num_columns: int) -> tuple[Figure, list[Axes]]:
-    """A figure and its axes side by side, drawn without a window system."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(1, num_columns, squeeze=False)[0])
-
-
-def _saved(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=_DPI)
-    return path
-
-
 def _goodput(points: Sequence[PointResult], workload: str) -> Figure:
-    figure, panels = _figure(11.0, 4.2, 2)
+    figure, panels = new_figure(11.0, 4.2, 2)
     colours = _colours(points[0])
     for axes, level in zip(panels, ("loose", "tight"), strict=True):
         highest = 0.0
@@ -161,7 +146,7 @@ def _goodput(points: Sequence[PointResult], workload: str) -> Figure:
 
 
 def _latencies(runs: Sequence[Run], point: PointResult) -> Figure:
-    figure, panels = _figure(4.2 * len(_LATENCIES), 3.8, len(_LATENCIES))
+    figure, panels = new_figure(4.2 * len(_LATENCIES), 3.8, len(_LATENCIES))
     colours = _colours(point)
     for axes, metric in zip(panels, _LATENCIES, strict=True):
         for curve in latency_curves(runs, metric):
@@ -180,7 +165,7 @@ def _latencies(runs: Sequence[Run], point: PointResult) -> Figure:
 
 def _ratios(point: PointResult) -> Figure:
     words, bars = ratio_bars(point)
-    figure, (axes,) = _figure(8.0, 5.0, 1)
+    figure, (axes,) = new_figure(8.0, 5.0, 1)
     arms = list(dict.fromkeys(bar.arm for bar in bars))
     place, colours = _places(arms), _colours(point)
     for arm in arms:

@@ -10,12 +10,9 @@ part is not measured again.
 from __future__ import annotations
 
 import asyncio
-import gc
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
 
 from msgspec import structs
 
@@ -30,12 +27,13 @@ from tinfer.bench.compare.options import CompareOptions
 from tinfer.bench.compare.recorded import FullLoad, Probe, Recorded, Run
 from tinfer.bench.compare.samples import sample_of, work_of
 from tinfer.bench.compare.steps import Step
+from tinfer.bench.interruption import Interrupted, unless_stopped
 from tinfer.bench.metrics import figures_of
 from tinfer.bench.options import BenchOptions
 from tinfer.bench.outcome import LoadRun, Outcome, Planned
 from tinfer.bench.plan import check_fits, plan_of, warm_ups_of
 from tinfer.bench.records import records_of
-from tinfer.bench.sender import Sender, open_session
+from tinfer.bench.sender import Sender, frozen_heap, open_session
 from tinfer.bench.target import Target, TokenRange, find_target, vocab_size_of
 from tinfer.client.aio import TRACE_HEADER
 from tinfer.errors import StartError
@@ -45,12 +43,6 @@ ENDPOINT = "/v1/completions"
 RAW_METRICS = ("ttft", "tpot", "itl", "e2el")
 RAW_PERCENTILES = (50.0, 99.0)
 _SETTLE_S = 0.3
-
-DoneT = TypeVar("DoneT")
-
-
-class Stopped(Exception):
-    """Ctrl-C: what has been measured by then is the result."""
 
 
 async def record(
@@ -70,7 +62,7 @@ async def record(
     session = _Session(options, arms, scratch, stop, say, journal, recorded)
     try:
         await session.all()
-    except Stopped:
+    except Interrupted:
         recorded.ended_early = "interrupted"
     except (StartError, OSError) as error:
         if not recorded.runs:
@@ -118,7 +110,7 @@ class _Session:
         await self._run_steps()
 
     async def _urls(self, arm: Arm) -> list[str]:
-        return await self._unless_stopped(self.fleet.urls(arm))
+        return await unless_stopped(self.fleet.urls(arm), self._stop)
 
     async def _warm_up(self, arm: Arm, urls: Sequence[str]) -> None:
         """Requests of every class at once, so that no run pays for what happens only once."""
@@ -284,7 +276,7 @@ class _Session:
         urls = await self._urls(arm)
         requests = plan.requests_of(self._options, step.point, step.repetition, full_load_rps)
         planned = self._planned(requests, step.salt)
-        await self._unless_stopped(asyncio.sleep(_SETTLE_S))
+        await unless_stopped(asyncio.sleep(_SETTLE_S), self._stop)
         before = self.fleet.cpu_s()
         run, placed = await self._send(arm, urls, planned, self._stop)
         after = self.fleet.cpu_s()
@@ -318,7 +310,7 @@ class _Session:
         headers = {TRACE_HEADER: "1"} if arm.is_tinfer else {}
         async with open_session(headers, None) as session:
             balancer = Balancer(session, urls, planned)
-            with _frozen_heap():
+            with frozen_heap():
                 run = await Sender(balancer.as_session(), ENDPOINT).run(planned, stop)
         self._check_stop()
         # A dead server's requests fail at once: no queue, and no answer, would tell of it.
@@ -333,32 +325,9 @@ class _Session:
 
     def _check_stop(self) -> None:
         if self._stop.is_set():
-            raise Stopped
-
-    async def _unless_stopped(self, doing: Coroutine[Any, Any, DoneT]) -> DoneT:
-        task, stopping = asyncio.create_task(doing), asyncio.create_task(self._stop.wait())
-        try:
-            await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if self._stop.is_set():
-                raise Stopped
-            return task.result()
-        finally:
-            for one in (task, stopping):
-                one.cancel()
-            await asyncio.wait({task, stopping})
+            raise Interrupted
 
 
 async def _relay(source: asyncio.Event, target: asyncio.Event) -> None:
     await source.wait()
     target.set()
-
-
-@contextmanager
-def _frozen_heap() -> Iterator[None]:
-    """What is allocated by now is not looked through by the collector, which would pause sends."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()

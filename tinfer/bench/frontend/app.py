@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import shlex
-import signal
 import sys
 import tempfile
 import time
@@ -28,12 +27,14 @@ import msgspec
 import uvloop
 
 from tinfer.bench.compare.hardware import hardware_of, versions
-from tinfer.bench.frontend.arms import modes_of, server_of
-from tinfer.bench.frontend.options import FrontendOptions
+from tinfer.bench.frontend.arms import Mode, modes_of, server_of
+from tinfer.bench.frontend.options import FrontendOptions, Kind
 from tinfer.bench.frontend.points import Measured
 from tinfer.bench.frontend.report import lines_of
-from tinfer.bench.frontend.session import Session, Stopped
-from tinfer.bench.frontend.summary import ratios_of, rows_of
+from tinfer.bench.frontend.session import Session
+from tinfer.bench.frontend.summary import Ratio, Row, ratios_of, rows_of
+from tinfer.bench.interruption import Interrupted, stop_on_signals
+from tinfer.bench.report import say
 from tinfer.errors import StartError
 
 EXIT_OK = 0
@@ -52,7 +53,14 @@ def run(options: FrontendOptions) -> int:
         (options.log_dir or Path(scratch)).mkdir(parents=True, exist_ok=True)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             measured, ended_early = runner.run(_measure(options, Path(scratch)))
-    _write(options, result_of(options, measured, ended_early, date), measured)
+    rows, ratios = rows_of(measured), ratios_of(measured)
+    result = {
+        **result_of(options, ended_early, date),
+        "rows": msgspec.to_builtins(rows),
+        "ratios": msgspec.to_builtins(ratios),
+        "measured": msgspec.to_builtins(measured),
+    }
+    _write(options, result, rows, ratios)
     if ended_early is None:
         return EXIT_OK
     return EXIT_INTERRUPTED if ended_early == "interrupted" else EXIT_ENDED_EARLY
@@ -60,34 +68,21 @@ def run(options: FrontendOptions) -> int:
 
 async def _measure(options: FrontendOptions, scratch: Path) -> tuple[list[Measured], str | None]:
     """What was measured, and why no more than that; nothing runs any more then."""
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    session = Session(options, scratch, stop, _say)
-    try:
-        await session.all()
-    except Stopped:
-        return session.measured, "interrupted"
-    except (StartError, OSError) as error:
-        if not session.measured:
-            raise
-        return session.measured, str(error)
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
+    with stop_on_signals() as stop:
+        session = Session(options, scratch, stop, say)
+        try:
+            await session.all()
+        except Interrupted:
+            return session.measured, "interrupted"
+        except (StartError, OSError) as error:
+            if not session.measured:
+                raise
+            return session.measured, str(error)
     return session.measured, None
 
 
-def _say(line: str) -> None:
-    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {line}\n")
-    sys.stderr.flush()
-
-
-def result_of(
-    options: FrontendOptions, measured: list[Measured], ended_early: str | None, date: str
-) -> dict[str, Any]:
-    """The object that `--json` writes; see the module."""
+def result_of(options: FrontendOptions, ended_early: str | None, date: str) -> dict[str, Any]:
+    """What the object that `--json` writes has beside the figures; see the module."""
     return {
         "kind": "tinfer bench frontend",
         "date": date,
@@ -98,28 +93,25 @@ def result_of(
         "seed": options.seed,
         "ended_early": ended_early,
         "servers": [
-            {
-                "arm": kind,
-                "mode": mode,
-                "command": shlex.join(server_of(kind, mode, options).argv),
-                "environment": dict(server_of(kind, mode, options).environment),
-            }
-            for kind in options.arms
-            for mode in modes_of(kind)
+            _server(kind, mode, options) for kind in options.arms for mode in modes_of(kind)
         ],
-        "rows": msgspec.to_builtins(rows_of(measured)),
-        "ratios": msgspec.to_builtins(ratios_of(measured)),
-        "measured": msgspec.to_builtins(measured),
     }
 
 
-def _write(options: FrontendOptions, result: dict[str, Any], measured: list[Measured]) -> None:
+def _server(kind: Kind, mode: Mode, options: FrontendOptions) -> dict[str, Any]:
+    server = server_of(kind, mode, options)
+    command, environment = shlex.join(server.argv), dict(server.environment)
+    return {"arm": kind, "mode": mode, "command": command, "environment": environment}
+
+
+def _write(
+    options: FrontendOptions, result: dict[str, Any], rows: list[Row], ratios: list[Ratio]
+) -> None:
     text = msgspec.json.format(msgspec.json.encode(result), indent=2).decode()
     if options.json_path == "-":
         sys.stdout.write(text + "\n")
     else:
-        lines = lines_of(rows_of(measured), ratios_of(measured))
-        sys.stdout.writelines(f"{line}\n" for line in lines)
+        sys.stdout.writelines(f"{line}\n" for line in lines_of(rows, ratios))
         if options.json_path is not None:
             Path(options.json_path).write_text(text + "\n")
     if result["ended_early"] is not None:
@@ -127,5 +119,5 @@ def _write(options: FrontendOptions, result: dict[str, Any], measured: list[Meas
     if options.plot_dir is not None:
         from tinfer.bench.frontend.charts import draw_all
 
-        for path in draw_all(rows_of(measured), options.plot_dir):
+        for path in draw_all(rows, options.plot_dir):
             sys.stderr.write(f"drawn: {path}\n")

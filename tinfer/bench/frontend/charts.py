@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from tinfer.bench.drawing import new_figure, saved
 from tinfer.bench.frontend.summary import Row
 
-_DPI = 120
 _TITLES = {"paced": "at a pace", "full": "at full speed"}
 
 
@@ -27,15 +27,9 @@ def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:
     ]
     if not panels:
         return []
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.0 * len(panels), 4.0), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure, all_axes = new_figure(6.0 * len(panels), 4.0, len(panels))
     arms = list(dict.fromkeys(row.arm for row in rows))
-    for axes, (title, mine) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-    ):
+    for axes, (title, mine) in zip(all_axes, panels, strict=True):
         streams = sorted({row.streams for row in mine})
         shown = [arm for arm in arms if any(row.arm == arm for row in mine)]
         width = 0.8 / len(shown)
@@ -53,6 +47,4 @@ def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:
         axes.set_title(title)
         axes.grid(axis="y", alpha=0.3)
         axes.legend(fontsize="small")
-    path = folder / "per_token.png"
-    figure.savefig(path, dpi=_DPI)
-    return [path]
+    return [saved(figure, folder / "per_token.png")]

@@ -7,13 +7,11 @@ in another order in each repetition. What warms a server up is not counted.
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import random
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import msgspec
@@ -33,17 +31,14 @@ from tinfer.bench.frontend.points import (
     plan_of,
     points_of,
 )
+from tinfer.bench.interruption import Interrupted, unless_stopped
 from tinfer.bench.outcome import LoadRun, Planned
-from tinfer.bench.sender import Sender, open_session
+from tinfer.bench.sender import Sender, frozen_heap, open_session
 from tinfer.errors import StartError
 
 _ENDPOINT = "/v1/completions"
 _WARM_UP = Point(what="tokens", mode="full", streams=8, num_requests=16, output_tokens=16)
 _SETTLE_S = 0.2
-
-
-class Stopped(Exception):
-    """Ctrl-C: what has been measured by then is the result."""
 
 
 class Session:
@@ -68,7 +63,7 @@ class Session:
             self._environment = with_metadata(self._environment, scratch / "metadata")
 
     async def all(self) -> None:
-        """Every arm in every repetition. Raises `StartError`, and `Stopped` after Ctrl-C."""
+        """Every arm in every repetition. Raises `StartError`, and `Interrupted` after Ctrl-C."""
         rng = random.Random(f"tinfer bench frontend order {self._options.seed}")
         for repetition in range(self._options.repetitions):
             arms = list(self._options.arms)
@@ -83,7 +78,7 @@ class Session:
         server = Server(server_of(kind, mode, self._options), self._environment, log)
         try:
             waiting = server.wait_ready(time.monotonic() + self._options.start_timeout_s)
-            await self._unless_stopped(waiting)
+            await unless_stopped(waiting, self._stop)
             parts = parts_of(server.front_pid, server.family())
             await self._send(server.url, plan_of(_WARM_UP, -1 - repetition), _WARM_UP.streams)
             for point in points_of(kind, mode, self._options):
@@ -108,19 +103,16 @@ class Session:
         long_plan = long_plan_of(point, self._options.seed + repetition)
         await asyncio.sleep(_SETTLE_S)
         lags = await _lag_counts(server.url) if point.num_long else None
-        gc.collect()
-        gc.freeze()
         try:
-            before = used(parts)
-            runs = await asyncio.gather(
-                self._send(server.url, plan, point.streams),
-                self._send(server.url, long_plan, None),
-            )
-            after = used(parts)
+            with frozen_heap():
+                before = used(parts)
+                runs = await asyncio.gather(
+                    self._send(server.url, plan, point.streams),
+                    self._send(server.url, long_plan, None),
+                )
+                after = used(parts)
         except OSError as error:
             raise StartError(f"{kind}: a process of the server has ended") from error
-        finally:
-            gc.unfreeze()
         failure = first_failure([one for run in runs for one in run.outcomes])
         if failure is not None:
             raise StartError(f"{kind}, {point.what} x{point.streams}: {failure}")
@@ -133,20 +125,8 @@ class Session:
         async with open_session({}, max_concurrency) as session:
             run = await Sender(session, url + _ENDPOINT, max_concurrency).run(plan, self._stop)
         if run.interrupted:
-            raise Stopped
+            raise Interrupted
         return run
-
-    async def _unless_stopped(self, waiting: Any) -> None:
-        ready, stopping = asyncio.ensure_future(waiting), asyncio.create_task(self._stop.wait())
-        try:
-            await asyncio.wait({ready, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (ready, stopping):
-                task.cancel()
-            await asyncio.wait({ready, stopping})
-        if ready.cancelled():
-            raise Stopped
-        ready.result()
 
 
 class LoopLag(msgspec.Struct):

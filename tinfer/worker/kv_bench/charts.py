@@ -53,9 +53,9 @@ def draw(rows: Sequence[Row], folder: Path) -> Path:
         axes.set_title(f"{transport}, {layout}")
         axes.set_xlabel("hand-off, MiB")
         axes.set_ylabel("GB/s")
-        axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     if panels:
+        axes.set_ylim(bottom=0)  # of all panels, once all have drawn
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right center", fontsize="small")
     path = folder / "handoff.png"

@@ -78,8 +78,9 @@ def rows_of(
                     bench = Bench(kind, offer, device, copy_pieces, options.seed)
                     try:
                         bench.check()
-                        for size_kib in options.sizes:
-                            yield bench.row(layout, page_kib, size_kib, options.rounds)
+                        counts = dict.fromkeys(map(bench.num_blocks, options.sizes))
+                        for num_blocks in counts:
+                            yield bench.row(layout, page_kib, num_blocks, options.rounds)
                     finally:
                         bench.close()
 
@@ -184,14 +185,16 @@ class Bench:
             if not torch.equal(self.target[dst : dst + size], self.source[src : src + size]):
                 raise StartError(f"{self.kind} copied wrong bytes")
 
-    def row(self, layout: Layout, page_kib: int, size_kib: int, rounds: int) -> Row:
-        """Medians of a hand-off of about `size_kib`: whole blocks, a quarter of all at most."""
-        block_bytes = self.page_bytes * NUM_LAYERS
-        wanted = round(size_kib * 1024 / block_bytes)
-        num_blocks = max(1, min(wanted, self.geometry.num_blocks // 4))
+    def num_blocks(self, size_kib: int) -> int:
+        """Whole blocks of about that many KiB: at least one, at most a quarter of all."""
+        wanted = round(size_kib * 1024 / (self.page_bytes * NUM_LAYERS))
+        return max(1, min(wanted, self.geometry.num_blocks // 4))
+
+    def row(self, layout: Layout, page_kib: int, num_blocks: int, rounds: int) -> Row:
+        """Medians of a hand-off of so many blocks."""
         self.plan_s.clear()
         taken_s, num_ranges = self._taken(num_blocks, rounds)
-        size_bytes = num_blocks * block_bytes
+        size_bytes = num_blocks * self.page_bytes * NUM_LAYERS
         ratios = {
             name: [theirs / ours for theirs, ours in zip(times_s, taken_s["ours"], strict=True)]
             for name, times_s in taken_s.items()
