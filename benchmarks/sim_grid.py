@@ -7,7 +7,7 @@ is bounded, judged as `tinfer bench compare` does. Listed first are the cells in
 than the best other arm by mean E2EL or throughput, then those in which interference binds.
 
     python benchmarks/sim_grid.py --runs sim_grid.jsonl --json sim_grid.json --plot plots
-    python benchmarks/sim_grid.py --boxes cpu-51m --workers 2 --loads 0.5,0.95 --num-requests 200 \\
+    python benchmarks/sim_grid.py --boxes cpu-52m --workers 2 --loads 0.5,0.95 --num-requests 200 \\
         --seeds 2 --runs small.jsonl
 
 A box is a preset, or NAME=FILE with a file of `tinfer tune`. Results are appended to --runs as they
@@ -52,7 +52,7 @@ from tinfer.sim.sources import Source, requests_of
 from tinfer.sim.spec import EngineSpec, SimRequest
 from tinfer.sim.workload import sim_requests
 
-BOXES = ("cpu-51m", "paper", "gpu-estimate")
+BOXES = ("cpu-52m", "paper", "gpu-estimate")
 # Draws of the cells count up from 0.
 PROBE_SEED = 999
 NUM_UNLOADED = 20

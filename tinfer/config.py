@@ -80,7 +80,7 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     prefill_ageing: Annotated[
         float,
         Meta(gt=0, description="Seconds of prefill that a second of waiting is worth under srpt."),
-    ] = 0.02
+    ] = 0.002
     ttft_deadline: Annotated[
         Annotated[float, Meta(gt=0)] | None,
         Meta(description="Seconds to the first token for which srpt lets a prompt go first."),

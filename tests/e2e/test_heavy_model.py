@@ -38,7 +38,7 @@ def test_made_measured_and_said(heavy_dir: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     first, last = done.stdout.splitlines()
-    assert first.startswith(f"{heavy_dir} is up to date: 50m, seed 0, 50.8 M parameters")
+    assert first.startswith(f"{heavy_dir} is up to date: 50m, seed 0, 51.7 M parameters")
     said = re.fullmatch(
         r"1K-token prefill (\d+\.\d) ms, decode step (\d+\.\d\d) ms: ratio (\d+\.\d)", last
     )

@@ -218,17 +218,20 @@ def test_the_papers_figures_are_what_the_preset_says() -> None:
 
 
 def test_the_cpu_preset_gives_what_was_measured() -> None:
-    costs = presets.CPU_51M.costs
-    assert costs.prefill_s(1024, 2048) == pytest.approx(0.36, rel=0.03)
+    costs = presets.CPU_52M.costs
+    for tokens, expected_s in ((256, 83e-3), (1024, 367e-3)):
+        assert costs.prefill_s(tokens, 2048) == pytest.approx(expected_s, rel=0.07)
     for num, kv_tokens, expected_s in (
-        (1, 50, 7.0e-3),
-        (1, 800, 8.1e-3),
-        (7, 7 * 700, 17e-3),
-        (14, 14 * 190, 14e-3),
-        (20, 20 * 220, 18e-3),
+        (1, 82, 6.2e-3),
+        (1, 1042, 6.7e-3),
+        (8, 651, 8.8e-3),
+        (8, 8332, 13.0e-3),
+        (16, 1300, 11.5e-3),
+        (32, 2598, 18.0e-3),
+        (64, 5187, 29.1e-3),
     ):
         assert costs.decode_step_s(num, kv_tokens) == pytest.approx(expected_s, rel=0.07)
-    assert presets.CPU_51M.num_blocks * presets.CPU_51M.block_tokens == 65_536
+    assert presets.CPU_52M.num_blocks * presets.CPU_52M.block_tokens == 209_664
 
 
 def test_every_engine_serves_and_says_where_its_costs_are_from() -> None:

@@ -192,7 +192,7 @@ def test_every_policy_is_among_them() -> None:
         ("simulate --workload burst --workload-option cv=inf", "cv"),
         ("simulate --workload Mixed --burstiness 0.5", "burstiness"),
         ("plan --gpus 1 --preset paper", "--gpus"),
-        ("plan --gpus 2 --preset cpu-51m --preset gpu-estimate", "same number of GPUs"),
+        ("plan --gpus 2 --preset cpu-52m --preset gpu-estimate", "same number of GPUs"),
         ("plan --gpus 2 --slo ttft:5 ttft:6", "--slo"),
         ("plan --gpus 2 --slo loose tight", "--slo"),
         ("plan --gpus 2 ttft:5", "ttft:5"),

@@ -45,7 +45,7 @@ def size_rows() -> Iterator[str]:
         yield (
             f"| `{name}` | {shape.num_layers} | {shape.hidden_size} "
             f"| {shape.num_parameters / 1e6:.1f} M | {shape.weights_bytes >> 20} MiB "
-            f"| {kv_bytes >> 10} KiB |"
+            f"| {kv_bytes / 1024:g} KiB |"
         )
 
 

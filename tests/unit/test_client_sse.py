@@ -57,6 +57,7 @@ def test_cuts_change_nothing(stream: tuple[bytes, list[SseEvent]], data: st.Data
 
 @given(st.lists(st.binary(max_size=20), max_size=6))
 @example([b"data: a\r", b"\n", b"\r\n"])
+@example([b"data: a\r", b"", b"\ndata: b\n\n"])
 @example([b"\xef", b"\xbb", b"\xbfdata: a\n\n"])
 @example([b"\xef", b"data: a\n\n"])
 def test_any_bytes_are_read_the_same_in_any_pieces(pieces: list[bytes]) -> None:

@@ -27,8 +27,10 @@ from tinfer.core.events import (
     WorkerUp,
 )
 from tinfer.core.lengths import certain
+from tinfer.core.policies.auto import LATE_PART, late_s
 from tinfer.core.requests import Request
 from tinfer.core.types import Capacity, LeaseKey, Role
+from tinfer.core.worker import Worker
 
 COSTS = CostModel(
     base_s=0.006, prefill_token_s=0.0004, decode_seq_s=0.0006, kv_token_s=0.0, handoff_s=0.002
@@ -288,3 +290,26 @@ def test_looking_changes_nothing() -> None:
         alone.arrive(f"r{number}", prompt)
     for number in range(6):
         assert looked.prefilled(f"r{number}", number) == alone.prefilled(f"r{number}", number)
+
+
+def test_a_first_token_is_late_by_the_prompts_own_measure() -> None:
+    worker = Worker("w", 0, Role.BOTH, ROOMY, COSTS)
+    short, long = (Request("r", tokens, 100, 0, 0.0, None, certain(100)) for tokens in (10, 2000))
+    alone_s = {one: COSTS.prefill_s(one.prompt_tokens, ROOMY.chunk_tokens) for one in (short, long)}
+    assert late_s(short, worker, 2.4 * alone_s[short]) == 0.0
+    assert late_s(long, worker, 6.0 * alone_s[short]) == 0.0
+    half_s, full_s = (late_s(short, worker, times * alone_s[short]) for times in (3.75, 5.0))
+    assert half_s == pytest.approx(full_s / 2.0)
+    assert full_s == late_s(short, worker, 9.0 * alone_s[short])
+    whole_s = alone_s[short] + 100 * COSTS.decode_step_s(1, 10)
+    assert full_s == pytest.approx(LATE_PART * whole_s)
+    free = Worker("w", 0, Role.BOTH, ROOMY, CostModel(base_s=0.0, prefill_token_s=0.0))
+    assert late_s(short, free, 1.0) == 0.0
+
+
+def test_prompts_in_a_row_do_not_look_back_at_each_other() -> None:
+    costs = CostModel(base_s=0.0, prefill_token_s=1e-3, prefill_context_s=1e-6)
+    worker = Worker("w", 0, Role.BOTH, ROOMY, costs)
+    assert worker.prefill_s(1000) == pytest.approx(1.0 + 0.5)
+    assert worker.queued_s(1000) == pytest.approx(1.0)
+    assert worker.taken_s(1000) == worker.prefill_s(1000)

@@ -63,7 +63,7 @@ def test_without_a_compiler_there_is_no_such_baseline(monkeypatch: pytest.Monkey
     assert pieces.compiled() is None
     with exporter("shm", "layers-first", CPU, SMALL, 8192) as offer:
         bench = Bench("shm", offer, CPU, None, 1)
-        row = bench.row("layers-first", 8, 512, rounds=1)
+        row = bench.row("layers-first", 8, bench.num_blocks(512), rounds=1)
         bench.close()
     assert set(row.gb_s) == {"ours", "one"}
     assert line_of(row).split()[-2:] == ["-", f"{row.ratio_to['one']:.2f}"]
@@ -74,8 +74,8 @@ def test_one_transport_measured(layout: Any) -> None:
     with exporter("shm", layout, CPU, SMALL, 64 << 10) as offer:
         bench = Bench("shm", offer, CPU, pieces.compiled(), 1)
         bench.check()
-        row = bench.row(layout, 64, 5000, rounds=2)
-        whole = bench.row(layout, 64, 1 << 20, rounds=1)
+        row = bench.row(layout, 64, bench.num_blocks(5000), rounds=2)
+        whole = bench.row(layout, 64, bench.num_blocks(1 << 20), rounds=1)
         bench.close()
     assert (row.num_blocks, row.size_kib) == (2, 2 * NUM_LAYERS * 64)
     assert whole.num_blocks == offer.geometry.num_blocks // 4  # and no more than a quarter

@@ -124,7 +124,7 @@ def test_serve_options_reach_the_simulation(ran: Ran, name: str) -> None:
 def test_no_flag_simulates_the_mixed_workload_on_the_cpu_box(ran: Ran) -> None:
     assert invoke("simulate").exit_code == 0
     source = Source(workload="Mixed", num_requests=1000)
-    assert ran.simulated == [SimulateOptions(source=source, box=preset_box("cpu-51m"))]
+    assert ran.simulated == [SimulateOptions(source=source, box=preset_box("cpu-52m"))]
 
 
 def test_every_other_option_of_simulate(ran: Ran, tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_every_other_option_of_simulate(ran: Ran, tmp_path: Path) -> None:
 def test_no_flag_plans_for_the_loose_level(ran: Ran) -> None:
     assert invoke("plan", "--gpus", "4").exit_code == 0
     source = Source(workload="Mixed", num_requests=1000)
-    box = preset_box("cpu-51m")
+    box = preset_box("cpu-52m")
     assert ran.planned == [PlanOptions(source=source, boxes=(box,), num_gpus=4, swept=dict(SWEPT))]
 
 
@@ -273,7 +273,7 @@ def test_a_chunk_size_that_is_asked_for_is_not_overruled(ran: Ran, words: str) -
         ("plan --gpus 4 --target 1.5", "--target"),
         ("plan --gpus 4 --sweep route", "--sweep"),
         ("plan --gpus 4 --sweep prefill=1,2", "--sweep"),
-        ("plan --gpus 4 --preset cpu-51m --preset gpu-estimate", "same number of GPUs"),
+        ("plan --gpus 4 --preset cpu-52m --preset gpu-estimate", "same number of GPUs"),
         ("plan --gpus 4 --prefill 1", "--prefill"),
     ],
 )

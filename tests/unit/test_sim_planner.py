@@ -33,7 +33,7 @@ from tinfer.sim.spec import SimRequest
 from tinfer.sim.world import SimulationError
 
 PAPER = preset_box("paper")
-CPU = preset_box("cpu-51m")
+CPU = preset_box("cpu-52m")
 SOURCE = Source(workload="Mixed", num_requests=30)
 
 

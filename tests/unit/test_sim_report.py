@@ -113,7 +113,7 @@ def test_numbers(value: float | None, shown: str) -> None:
 
 
 def test_the_papers_vllm_elsewhere_is_one_engine_at_ideal_scaling() -> None:
-    box = preset_box("cpu-51m")
+    box = preset_box("cpu-52m")
     engine = paper_vllm_of(box, 4)
     costs = box.replica.costs
     assert engine.costs.step_s(100, 5, 1000) == pytest.approx(costs.step_s(100, 5, 1000) / 4)
@@ -131,7 +131,7 @@ def test_devices_of_arms() -> None:
     assert counts == [4, 4, 4, 2]
 
 
-@pytest.mark.parametrize("name", ["paper", "cpu-51m", "gpu-estimate"])
+@pytest.mark.parametrize("name", ["paper", "cpu-52m", "gpu-estimate"])
 @pytest.mark.parametrize(
     ("config", "num_seqs"),
     [

@@ -134,7 +134,7 @@ def box_of(preset: str | None, tuned: Path | None) -> Box:
     if tuned is None:
         from tinfer.sim.boxes import preset_box
 
-        return preset_box("cpu-51m" if preset is None else preset)
+        return preset_box("cpu-52m" if preset is None else preset)
     if preset is not None:
         raise click.UsageError("--preset and --tuned exclude each other")
     return measured(tuned)

@@ -44,7 +44,7 @@ mean. Equal options give equal bytes, but for the date.
 @click.option(
     "--preset",
     metavar="NAME",
-    help="Engines by name: cpu-51m (default), gpu-estimate, paper (OPT-13B on pairs of V100).",
+    help="Engines by name: cpu-52m (default), gpu-estimate, paper (OPT-13B on pairs of V100).",
 )
 @click.option(
     "--tuned",

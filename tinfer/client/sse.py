@@ -39,7 +39,9 @@ class SseParser:
 
     def feed(self, piece: bytes) -> list[SseEvent]:
         """The events that this piece completes. Raises `EventTooLarge`."""
-        if self._after_cr and piece:
+        if not piece:
+            return []
+        if self._after_cr:
             self._after_cr = False
             piece = piece.removeprefix(b"\n")
         text = self._rest + piece

@@ -35,7 +35,7 @@ from tinfer.core.types import (
 from tinfer.core.worker import Worker
 
 # How long what arrived counts as what is asked for.
-DEMAND_MEMORY_S = 10.0
+DEMAND_MEMORY_S = 30.0
 # More prompt tokens per second of waiting than any two prompts differ by.
 FIRST_COME = 1e18
 

@@ -80,7 +80,7 @@ class SchedulerConfig(Struct, frozen=True, kw_only=True):
     route: str = "auto"
     prefill_order: str = "srpt"
     prefill_sched_batch: Annotated[int, Meta(ge=1)] = 16
-    ageing: Annotated[float, Meta(gt=0)] = 0.02
+    ageing: Annotated[float, Meta(gt=0)] = 0.002
     ttft_deadline_s: Annotated[float, Meta(gt=0)] | None = None
     prefill_choice: str = "earliest-finish"
     whole_choice: str = "earliest-finish"

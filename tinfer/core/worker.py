@@ -282,10 +282,18 @@ class Worker:
 
     def prefill_s(self, tokens: int) -> float:
         """Seconds that so many prompt tokens take here, in steps with all that decodes here."""
-        costs = self.costs
+        return self.queued_s(tokens) + self.costs.prefill_context_s * tokens**2 / 2.0 * self.pace
+
+    def queued_s(self, tokens: int) -> float:
+        """The same of several prompts, none of which looks back far."""
         num_steps = -(-tokens // self.step_prefill_tokens)
+        return (num_steps * self.step_s + self.costs.prefill_token_s * tokens) * self.pace
+
+    def taken_s(self, tokens: int) -> float:
+        """What a prompt of so many tokens takes from each that decodes here."""
+        costs = self.costs
         computing_s = costs.prefill_token_s * tokens + costs.prefill_context_s * tokens**2 / 2.0
-        return (num_steps * self.step_s + computing_s) * self.pace
+        return computing_s * self.pace
 
     @property
     def step_prefill_tokens(self) -> int:

@@ -98,28 +98,28 @@ GPU_ESTIMATE = EngineSpec(
 
 # --- this project's CPU box ----------------------------------------------------------------------
 
-# Llama 51M in bf16 on one AMD EPYC core, vLLM 0.32.0, 2026-11-21: a prompt of 1K tokens takes about
-# 360 ms; a decode step alone 7.0 ms at 50 tokens of KV and 7.9 to 8.3 ms at 800; in batches of 7
-# and 14 (means) 17 and 14 ms at 700 and 190 tokens of KV each, of 20 about 18 ms. KV is 8 KiB per
-# token. The hand-off through shared memory: 4.5 ms, and 7 us per token.
-CPU_51M = EngineSpec(
+# The model of `tinfer bench model` (Llama, 51.7 M parameters, bf16) on one AMD EPYC core, vLLM
+# 0.32.0, as `tinfer tune --cpu-threads 1` measured it on 2026-11-22, rounded. KV is 2.5 KiB per
+# token, in 512 MiB; the hand-off goes through shared memory.
+CPU_52M = EngineSpec(
     costs=CostModel(
-        base_s=6.5e-3,
-        prefill_token_s=0.34e-3,
-        decode_seq_s=0.2e-3,
-        kv_token_s=1.7e-6,
-        handoff_s=4.5e-3,
-        handoff_token_s=7e-6,
-        source="Llama 51M bf16 on one AMD EPYC core, 2026-11-21",
+        base_s=5.9e-3,
+        prefill_token_s=0.30e-3,
+        prefill_context_s=0.12e-6,
+        decode_seq_s=0.35e-3,
+        kv_token_s=0.46e-6,
+        handoff_s=3.8e-3,
+        handoff_token_s=2.9e-6,
+        source="Llama 52M bf16 on one AMD EPYC core, 2026-11-22",
     ),
-    num_blocks=65_536 // 128,
+    num_blocks=209_664 // 128,
     block_tokens=128,
     max_num_seqs=256,
     max_num_batched_tokens=2048,
     victim="least-progress",
 )
 
-ENGINES = {"paper": PAPER_ENGINE, "gpu-estimate": GPU_ESTIMATE, "cpu-51m": CPU_51M}
+ENGINES = {"paper": PAPER_ENGINE, "gpu-estimate": GPU_ESTIMATE, "cpu-52m": CPU_52M}
 
 
 def workers(

@@ -4,7 +4,8 @@ The cost of a way is time: by how many seconds answers end later because of it, 
 and its neighbours', in sum. Of a way to compute a request counted are
 
 - its own time to first token: what is ahead of it where it prefills, its own prefill, in steps
-  with all that decodes there; and as far as it has to wait, that who comes after it will too;
+  with all that decodes there; as far as it has to wait, that who comes after it will too; and
+  that a first token which is late by the prompt's own measure is worth less;
 - its own decode: steps of the batch it joins, stretched by how often prompts will interrupt them,
   by what arrives lately and where it gathers;
 - what its prefill takes from those that decode where it is computed, and from the longer prompts
@@ -21,6 +22,7 @@ interrupt decodes elsewhere, and so prompts cost least where nothing decodes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -37,13 +39,35 @@ FULL_SHARE = 0.85
 # The same as it counts for those who wait: a queue in front of a worker with more to do than it has
 # time for only ends when something starts elsewhere.
 FULL_LOAD = 0.9
-# What those who come after have of a second's wait, per request that is served meanwhile where a
-# share u of the time is taken, u / (1 - u). All of it would be right if nothing but the order of
-# arrival decided; most of them are shorter, or start elsewhere. The best of a sweep over 19 cells
-# of `benchmarks/sim_grid.py`; `FULL_LOAD` over the five of them with long prompts alone.
-FOLLOWING_PART = 0.3
+# Of a second's wait where a share u of the time is taken, u / (1 - u) falls on those who come
+# after, if they go by order of arrival. Where the shortest goes first, only those fall behind a
+# prompt that are longer: exp(-`LONGER` * its length / the mean length) of them. Like all numbers
+# here but `FULL_LOAD` (of the cells with long prompts alone) the best of sweeps over 25 cells of
+# `benchmarks/sim_grid.py`.
+FOLLOWING_PART = 1.5
+LONGER = 1.5
+# A first token counts as late from 2.5 times on what the prompt takes alone, in full from 5 times:
+# the loose service level of `tinfer bench compare`. As much as that part of the whole request it
+# then costs: a short prompt is not made to wait for a long one where a moment each from many that
+# decode, which none of them will notice, gets it through.
+LATE_AT = 5.0
+LATE_FROM = 2.5
+LATE_PART = 0.2
 # Of `crowding`, which is in steps of one sequence per token.
 CROWDING_PART = 0.25
+
+
+class Start(NamedTuple):
+    """A prefill on some worker: `wait_s` until it begins, `own_s` until its first token, and what
+    it takes from others there, in sum."""
+
+    wait_s: float
+    own_s: float
+    others_s: float
+
+    @property
+    def cost_s(self) -> float:
+        return self.own_s + self.others_s
 
 
 class Way(NamedTuple):
@@ -58,9 +82,10 @@ class AutoPlacer:
 
     num_tried = 2
 
-    def __init__(self, admission: DecodeAdmission, demand: Demand) -> None:
+    def __init__(self, admission: DecodeAdmission, demand: Demand, shortest_first: bool) -> None:
         self._admission = admission
         self._demand = demand
+        self._shortest_first = shortest_first
 
     def place(
         self, request: Request, fleet: Fleet, ahead_tokens: int, now_s: float
@@ -69,11 +94,14 @@ class AutoPlacer:
             return None
         ahead_tokens //= max(1, fleet.num_taking)
         takers, others = self._prefill_shares(fleet, now_s)
+        following = FOLLOWING_PART * self._share_behind(request, now_s)
         starts, decodes = {}, {}
         for one in fleet.workers:
             share = takers if one.role is Role.PREFILL else others
             load = min(FULL_LOAD, share)
-            starts[one.id] = prefill_cost_s(request, one, ahead_tokens, load)
+            start = start_of(request, one, ahead_tokens)
+            starts[one.id] = start.cost_s + following * start.wait_s * load / (1.0 - load)
+            starts[one.id] += late_s(request, one, now_s - request.arrived_s + start.own_s)
             decodes[one.id] = decode_cost_s(request, one, min(FULL_SHARE, share))
         if request.max_output_tokens == 1:
             worker = min(fleet.workers, key=lambda one: (starts[one.id], one.id))
@@ -133,6 +161,13 @@ class AutoPlacer:
                     best = Way(cost_s, Placement(Route.SPLIT, source))
         return best
 
+    def _share_behind(self, request: Request, now_s: float) -> float:
+        """Of those who come after, how many will wait behind it."""
+        if not self._shortest_first:
+            return 1.0
+        request_rate, prompt_rate, _ = self._demand.rates(now_s)
+        return math.exp(-LONGER * request.prompt_tokens * request_rate / max(1.0, prompt_rate))
+
     def _prefill_shares(self, fleet: Fleet, now_s: float) -> tuple[float, float]:
         """What prompts will take of a prefill worker's time and of another's, if they gather on
         prefill workers, or without any of those on all.
@@ -151,18 +186,28 @@ class AutoPlacer:
         return share, max(0.0, wanted - min(FULL_SHARE, share) * num_takers) / num_others
 
 
-def prefill_cost_s(request: Request, worker: Worker, ahead_tokens: int, load: float) -> float:
-    """Of computing the prompt there, behind `ahead_tokens` that wait for a worker like it, where
-    prompts take a share `load` of its time."""
+def start_of(request: Request, worker: Worker, ahead_tokens: int = 0) -> Start:
+    """Computing the prompt there, behind `ahead_tokens` that wait for a worker like it."""
     num_new = worker.uncached_tokens(request)
     before_tokens, num_longer = worker.around(num_new)
-    own_s = worker.prefill_s(num_new + before_tokens + ahead_tokens)
+    wait_s = worker.queued_s(before_tokens + ahead_tokens)
     if num_longer:  # they wait for it, and it for the step under way
-        own_s += worker.prefill_s(worker.step_prefill_tokens) / 2.0
-    wait_s = own_s - worker.prefill_s(num_new)
-    following_s = FOLLOWING_PART * wait_s * load / (1.0 - load)
-    taken_s = worker.costs.prefill_token_s * num_new * worker.pace
-    return own_s + following_s + (num_longer + worker.num_decoding) * taken_s
+        wait_s += worker.queued_s(worker.step_prefill_tokens) / 2.0
+    own_s = wait_s + worker.prefill_s(num_new)
+    return Start(wait_s, own_s, (num_longer + worker.num_decoding) * worker.taken_s(num_new))
+
+
+def late_s(request: Request, worker: Worker, ttft_s: float) -> float:
+    """What a first token after so long costs because it is late."""
+    costs = worker.costs
+    alone_s = costs.prefill_s(request.prompt_tokens, worker.capacity.chunk_tokens) * worker.pace
+    if alone_s <= 0.0:
+        return 0.0
+    lateness = (ttft_s / alone_s - LATE_FROM) / (LATE_AT - LATE_FROM)
+    if lateness <= 0.0:
+        return 0.0
+    decode_s = request.expected_tokens * costs.decode_step_s(1, request.prompt_tokens)
+    return LATE_PART * min(1.0, lateness) * (alone_s + decode_s)
 
 
 def decode_cost_s(request: Request, worker: Worker, prefill_share: float) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tinfer.core.policies.auto import prefill_cost_s
+from tinfer.core.policies.auto import start_of
 from tinfer.core.policies.prefill import finish_s
 from tinfer.core.requests import Request
 from tinfer.core.worker import Worker
@@ -36,7 +36,7 @@ class Cheapest:
     """
 
     def source(self, again: Request, worker: Worker, candidates: Sequence[Worker]) -> Worker | None:
-        costs_s = {one.id: prefill_cost_s(again, one, 0, 0.0) for one in (worker, *candidates)}
+        costs_s = {one.id: start_of(again, one).cost_s for one in (worker, *candidates)}
         best = min(candidates, key=lambda one: (costs_s[one.id], one.id), default=None)
         if best is None:
             return None

@@ -108,7 +108,11 @@ def build_policies(config: SchedulerConfig, fleet: Fleet, demand: Demand) -> Pol
     return Policies(
         wish=found(ROUTES, "route"),
         queues={wish: order(config, fleet) for wish in wishes},
-        placers={Route.SPLIT: split, Route.WHOLE: whole, None: AutoPlacer(admission, demand)},
+        placers={
+            Route.SPLIT: split,
+            Route.WHOLE: whole,
+            None: AutoPlacer(admission, demand, config.prefill_order == "srpt"),
+        },
         decode_choice=found(DECODE_CHOICES, "decode_choice")(config),
         decode_admission=admission,
         preemption=found(PREEMPTIONS, "preemption")(config),
