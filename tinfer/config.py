@@ -202,6 +202,10 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     max_num_queued_reqs: Annotated[
         Positive, Meta(description="Queued requests beyond which new ones get 429.")
     ] = 4096
+    max_num_queued_tokens: Annotated[
+        Positive | None,
+        Meta(description="Prompt tokens in the queue beyond which new requests get 429."),
+    ] = None
     shutdown_timeout: Annotated[
         float,
         Meta(ge=0, description="Seconds that running requests get to finish after a stop signal."),
@@ -212,9 +216,24 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     lease_ttl: Annotated[
         float, Meta(gt=0, description="Seconds before a held block's owner asks about its reader.")
     ] = 10.0
+    hang_timeout: Annotated[
+        float,
+        Meta(
+            gt=0,
+            description="Seconds that a step of a worker may take before it is killed as hung.",
+        ),
+    ] = 120.0
     max_worker_restarts: Annotated[
         int, Meta(ge=0, description="Deaths in a row after which a worker is given up.")
     ] = 5
+    max_request_restarts: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="Workers in a row that may die while they compute a request, with no token "
+            "more, before it is answered with an error.",
+        ),
+    ] = 3
     log_dir: Annotated[
         str | None, Meta(description="Keep the workers' logs here. Default: with the sockets.")
     ] = None

@@ -7,7 +7,7 @@ TinferError
 │   └── ModelNotFound           404
 ├── ServerError             the request is fine, tinfer could not serve it
 │   ├── Overloaded              429, with Retry-After
-│   ├── NoWorker                503, no worker lives
+│   ├── NoWorker                503, with Retry-After; no worker lives
 │   ├── WorkerLost              500, the worker died with the request on it
 │   └── EngineFailed            500, the engine refused or broke on the request
 └── StartError              `tinfer serve` cannot start; one line, exit code 2
@@ -70,10 +70,15 @@ class Overloaded(ServerError):
 
 
 class NoWorker(ServerError):
-    """No worker that could serve the request is alive, or the server is stopping."""
+    """No worker that could serve the request is alive, or the server is stopping; `retry_after_s`
+    is when to try again, here or elsewhere."""
 
     http_status = 503
     error_type = "ServiceUnavailableError"
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class WorkerLost(ServerError):

@@ -35,6 +35,7 @@ def trace(number: int = 0) -> Trace:
         recomputed=False,
         decode_s=0.4,
         tpot_s=0.1,
+        restarts=0,
         e2el_s=0.421,
     )
 

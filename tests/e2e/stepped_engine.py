@@ -161,7 +161,9 @@ class Stepped:
             next(n for n, own in self.sources.items() if own.lease == source.lease)
         ]
         data = array("i", prompt).tobytes()
-        self.engine.start(Start(name, "decode", data, spec, source, first_token))
+        self.engine.start(
+            Start(name, "decode", data, spec, source, array("i", [first_token]).tobytes())
+        )
         self.record.arrivals.append(name)
 
     def resume(self, source: Source | None = None) -> None:

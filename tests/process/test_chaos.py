@@ -1,4 +1,4 @@
-"""Workers die at random moments of every phase; no request is answered twice, wrong or never."""
+"""Workers die at random moments of every phase: every request is answered, once, as if none had."""
 
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ OPTIONS = {
 }
 # The restart's back-off doubles with each death, so few deaths of many workers take least time.
 NUM_KILLS = 18
+# So many deaths on so few workers hit one request several times in a row, by chance.
+STORM = {**OPTIONS, "max_request_restarts": 30}
 FULL_ROUNDS = 12
 
 
@@ -67,13 +69,13 @@ async def storm(server: Server, seed: int, num_kills: int) -> Chaos:
     return chaos
 
 
-async def test_no_request_is_lost_without_a_reason(tmp_path: Path) -> None:
-    with running(tmp_path, SLOW, prefill=3, decode=3, **OPTIONS) as server:
+async def test_no_request_is_lost(tmp_path: Path) -> None:
+    with running(tmp_path, SLOW, prefill=3, decode=3, **STORM) as server:
         chaos = await storm(server, seed=1, num_kills=NUM_KILLS)
         tally = chaos.tally
         assert tally.num_answered > NUM_KILLS
         assert tally.num_cancelled > 0
-        assert tally.num_lost_midway > 0
+        assert (await server.state())["num_restarts"] > 0
         server.stop()
 
 
@@ -83,7 +85,7 @@ async def test_no_request_is_lost_without_a_reason(tmp_path: Path) -> None:
 async def test_no_request_is_lost_in_many_storms(tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)
     shape = {"prefill": rng.randint(1, 4), "decode": rng.randint(1, 4)}
-    options = {**OPTIONS, "route": rng.choice(["split", "auto", "whole"])}
+    options = {**STORM, "route": rng.choice(["split", "auto", "whole"])}
     with running(tmp_path, SLOW, **shape, **options) as server:
         await storm(server, seed, num_kills=max(18, 4 * sum(shape.values())))
         server.stop()
@@ -113,7 +115,7 @@ async def test_the_import_process_dies_under_load(tmp_path: Path) -> None:
 
 
 async def test_a_worker_that_is_stopped_and_then_killed(tmp_path: Path) -> None:
-    """While it stands nothing is lost and nobody else waits; its death ends what it had."""
+    """While it stands nobody else waits; when it dies the other one takes what it had."""
     with running(tmp_path, SLOW, prefill=1, decode=2, **OPTIONS) as server:
         pids = {name: worker["pid"] for name, worker in (await server.workers()).items()}
         os.kill(pids["decode-0"], signal.SIGSTOP)
@@ -129,15 +131,55 @@ async def test_a_worker_that_is_stopped_and_then_killed(tmp_path: Path) -> None:
         assert psutil.pid_exists(pids["decode-0"])
         os.kill(pids["decode-0"], signal.SIGKILL)
         await answers
-        lost = [request for request in requests if request.error is not None]
-        assert 0 < len(lost) < len(requests)
-        for request in lost:
-            assert request.error is not None
-            assert request.error["message"] == "worker decode-0 died before the request finished"
-            assert len(request.choices[0].token_ids) == 1, "the first token was there before"
-            request.check_so_far(server.settings)
         for request in requests:
-            if request.error is None:
-                request.check_answered(server.settings)
+            request.check_answered(server.settings)
+        # From the blocks that the prefill worker still holds: nothing is computed twice.
+        assert (await server.state())["num_restarts"] == 0
         await server.until_worker("decode-0", "ready", generation=2)
         await server.idle(num_finished=len(requests))
+
+
+async def test_a_worker_that_hangs_is_killed_and_its_requests_go_on(tmp_path: Path) -> None:
+    options = {**OPTIONS, "hang_timeout": 0.8}
+    with running(tmp_path, SLOW, prefill=1, decode=2, **options) as server:
+        requests = [completion([n + 1] * 20, max_tokens=60, ignore_eos=True) for n in range(12)]
+        answers = asyncio.create_task(server.answer(*requests))
+        await server.until(
+            lambda state: all(
+                (one["scheduled"] or {"num_decoding": 0})["num_decoding"]
+                for one in state["workers"][1:]
+            )
+        )
+        await server.signal("decode-0", signal.SIGSTOP)
+        await answers
+        for request in requests:
+            request.check_answered(server.settings)
+        await server.until_worker("decode-0", "ready", generation=2)
+        state = await server.state()
+        assert state["num_restarts"] > 0
+        assert [one["restarts"] for one in state["workers"]] == [0, 1, 0]
+        await server.idle(num_finished=len(requests))
+        server.stop()
+
+
+async def test_a_request_that_kills_is_found_out_and_takes_no_other_with_it(
+    tmp_path: Path,
+) -> None:
+    settings = {**SLOW, "poison_prompt_tokens": 200}
+    with running(tmp_path, settings, prefill=2, decode=2, **OPTIONS) as server:
+        rng = random.Random(4)
+        others = [
+            completion(random_prompt(rng, 60), max_tokens=30, ignore_eos=True) for _ in range(40)
+        ]
+        poison = completion(list(range(1, 201)), max_tokens=5)
+        await server.answer(*others[:20], poison, *others[20:])
+        assert poison.error is not None and poison.error["code"] == 500
+        assert poison.error["message"].startswith("4 workers in a row died")
+        for request in others:
+            request.check_answered(server.settings)
+        restarts = [worker["restarts"] for worker in (await server.state())["workers"]]
+        assert sum(restarts) == 4
+        for worker_id, num in zip(await server.workers(), restarts, strict=True):
+            await server.until_worker(worker_id, "ready", generation=1 + num)
+        await server.idle(num_finished=len(others) + 1)
+        server.stop()

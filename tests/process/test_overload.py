@@ -91,7 +91,7 @@ async def test_given_up_workers_are_missed_and_the_rest_goes_on(tmp_path: Path) 
 
 
 async def test_the_last_decode_worker_is_given_up(tmp_path: Path) -> None:
-    """What it read is lost with it, what waited for it is told so, later requests run whole."""
+    """What it read, what waited for it and what comes later runs whole on the other one."""
     options = {"max_worker_restarts": 0, **BATCH, "max_num_seqs": 2}
     with running(tmp_path, FAST, **options) as server:
         await server.signal("decode-0", signal.SIGSTOP)
@@ -100,16 +100,8 @@ async def test_the_last_decode_worker_is_given_up(tmp_path: Path) -> None:
         await server.until_phase(handoff=4)
         await server.signal("decode-0", signal.SIGKILL)
         await answers
-        messages = sorted(request.error["message"] for request in requests if request.error)
-        assert messages == [
-            "no worker is left to decode the request",
-            "no worker is left to decode the request",
-            "worker decode-0 died before the request finished",
-            "worker decode-0 died before the request finished",
-        ]
         for request in requests:
-            assert (request.status, len(request.choices[0].token_ids)) == (200, 1)
-            request.check_so_far(server.settings)
+            request.check_answered(server.settings)
         await server.until_worker("decode-0", "given-up")
         await answered(server)
         await server.idle(num_finished=14)
@@ -124,15 +116,9 @@ async def test_workers_on_their_way_back_are_waited_for(tmp_path: Path) -> None:
         await server.until_phase(queued=6, prefilling=2)
         await server.signal("prefill-0", signal.SIGKILL)
         await answers
-        lost = [request for request in requests if request.error is not None]
-        assert len(lost) == 2
-        for request in lost:
-            assert request.error is not None
-            assert request.error["message"] == "worker prefill-0 died before the request finished"
-            assert request.status == 500, "nothing was sent yet, so the status can still say it"
         for request in requests:
-            if request.error is None:
-                request.check_answered(server.settings)
+            request.check_answered(server.settings)
+        assert (await server.state())["num_restarts"] == 2
         await server.idle(num_finished=8)
 
 

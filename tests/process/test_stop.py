@@ -79,14 +79,12 @@ async def test_the_first_signal_lets_streams_finish(tmp_path: Path, number: sign
 async def test_a_worker_that_dies_in_the_drain_does_not_hold_it_up(tmp_path: Path) -> None:
     with running(tmp_path, SLOW) as server:
         run_dir = server.process.run_dir()
-        answers = await started(server, streams(4, ENDLESS_TOKENS))
+        answers = await started(server, streams(4, 3 * STREAM_TOKENS))
         server.process.process.send_signal(signal.SIGINT)
         await server.until(lambda state: state["status"] == "draining")
         await server.signal("decode-0", signal.SIGKILL)
         for request in await answers:
-            assert request.error is not None
-            assert request.error["message"] == "worker decode-0 died before the request finished"
-            request.check_so_far(server.settings)
+            request.check_answered(server.settings)
         assert await ended(server) == 0
         gone(server, run_dir)
 

@@ -29,6 +29,7 @@ from tinfer.core.events import (
     Prefilled,
     Pulled,
     ReleaseLease,
+    Remainder,
     Resume,
     RoleAsked,
     RoleChanged,
@@ -69,6 +70,23 @@ class Book:
     prompt_tokens: int = 0
     lease: LeaseKey | None = None
     num_aborts: int = 0
+    max_output_tokens: int = 1
+    # It pulls for the first time: until that is over another worker may do it.
+    is_handed_over: bool = False
+    num_lost: int = 0
+    num_emitted: int = 0
+    # It was started before.
+    is_again: bool = False
+
+    def begin_again(self) -> None:
+        self.is_started, self.lease, self.is_again = False, None, True
+
+    def lose(self) -> None:
+        """Its worker is dead, and so is all that it had."""
+        self.leave()
+        self.begin_again()
+        self.num_aborts = 0
+        self.num_lost += 1
 
     def leave(self) -> None:
         """No worker computes it now."""
@@ -114,7 +132,9 @@ class World:
     ) -> None:
         rid = f"r{len(self.books)}"
         wish = Route.WHOLE if max_output_tokens == 1 else route or Route.SPLIT
-        self.books[rid] = Book(len(self.books), wish, prompt_tokens=prompt_tokens)
+        self.books[rid] = Book(
+            len(self.books), wish, prompt_tokens=prompt_tokens, max_output_tokens=max_output_tokens
+        )
         arrived = Arrived(rid, prompt_tokens, max_output_tokens, route, block_hashes=block_hashes)
         self.feed(arrived)
 
@@ -161,7 +181,7 @@ class World:
         elif kind == "notice" and dead:
             # Mostly the latest death, at times one that was noticed long ago.
             process = dead[-1 - index % 3 % len(dead)]
-            self.feed(WorkerDown(process.id, process.generation))
+            self.notice(process, index)
         elif kind == "restart" and down:
             self.restart(down[index % len(down)])
         elif kind == "give up" and dead and dead[index % len(dead)].id not in self.gone:
@@ -174,6 +194,19 @@ class World:
             self.feed(WorkerExpected(worker_id, role))
         else:
             self.feed(Tick())
+
+    def notice(self, dead: Process, index: int) -> None:
+        """The scheduler hears of a death, and what is left of some of what that worker had."""
+        left = [
+            Remainder(rid, book.prompt_tokens + 1, book.max_output_tokens - 1, book.num_emitted + 2)
+            for rid, book in self.books.items()
+            if book.is_open and book.max_output_tokens > 2 and self.is_at(rid, *self.name_of(dead))
+            if (index + book.seq) % 2
+        ]
+        self.feed(WorkerDown(*self.name_of(dead), tuple(left)))
+
+    def name_of(self, process: Process) -> Incarnation:
+        return process.id, process.generation
 
     def restart(self, last: Process) -> None:
         process = Process(last.id, last.generation + 1, last.role, self.rows)
@@ -223,11 +256,11 @@ class World:
                 if worker_id not in self.up and generation > self.last_generation(worker_id):
                     self.up[worker_id] = generation
             case WorkerDown(worker_id, generation) if self.up.get(worker_id) == generation:
-                del self.up[worker_id]
-                for key in [k for k in self.held if (k.worker_id) == worker_id]:
-                    del self.held[key]
+                self.note_death(event)
             case LeaseEnded(key) if self.is_up(key.worker_id, key.worker_generation):
                 del self.held[key]
+                for book in self.waiting_for(key):  # offered again, and gone all the same
+                    book.begin_again()
             case LeaseOpened(key, num_blocks) if self.is_up(key.worker_id, key.worker_generation):
                 self.held[key] = num_blocks
             case Prefilled(rid, worker_id, generation, key, num_blocks):
@@ -243,6 +276,36 @@ class World:
                 if self.is_at(rid, worker_id, generation):
                     self.book(rid).leave()
                     self.book(rid).is_open = False
+
+    def note_death(self, event: WorkerDown) -> None:
+        worker_id, generation = event.worker_id, event.generation
+        left = {one.request_id: one for one in event.remainders}
+        stricken = [b for b in self.books.values() if b.is_open and b.at == (worker_id, generation)]
+        waiting = [
+            b for key in self.held if key.worker_id == worker_id for b in self.waiting_for(key)
+        ]
+        del self.up[worker_id]
+        for key in [key for key in self.held if key.worker_id == worker_id]:
+            del self.held[key]
+        for book in stricken:
+            if book.is_pulling and book.is_handed_over and book.lease in self.held:
+                book.leave()  # what it read is still there
+            else:
+                book.lose()
+        for book in waiting:
+            book.lose()
+        for rid, one in left.items():
+            book = self.books[rid]
+            book.prompt_tokens, book.max_output_tokens = one.prompt_tokens, one.max_output_tokens
+            book.num_emitted, book.num_lost = one.num_emitted, 0
+
+    def waiting_for(self, key: LeaseKey) -> list[Book]:
+        """The open request that waits for a reader of that lease."""
+        return [
+            b
+            for b in self.books.values()
+            if b.is_open and b.is_started and b.at is None and b.lease == key
+        ]
 
     def note_pulled(self, book: Book) -> None:
         assert book.lease is not None
@@ -262,6 +325,8 @@ class World:
             case Fail(rid, cause):
                 assert cause != "queue-full" or self.num_queued() > self.config.max_num_queued_reqs
                 assert self.books[rid].is_open, f"{rid} ended twice"
+                if cause == "worker-lost":
+                    assert self.books[rid].num_lost > self.config.max_request_restarts
                 self.books[rid].is_open = False
             case StartPrefill(rid, worker_id, generation) | StartWhole(rid, worker_id, generation):
                 self.note_start(rid, (worker_id, generation))
@@ -271,6 +336,7 @@ class World:
                 assert key in self.held and key not in self.released
                 assert key.worker_id != worker_id
                 book.at, book.is_pulling = (worker_id, generation), True
+                book.is_handed_over = True
             case StartReprefill(prefill_id, rid, worker_id, generation):
                 book = self.books[rid]
                 assert book.is_open and book.at not in (None, (worker_id, generation))
@@ -289,6 +355,7 @@ class World:
                     assert key in self.held and key not in self.released
                     assert key.worker_id != worker_id
                     book.lease, book.is_pulling = key, True
+                    book.is_handed_over = False
             case AbortOn(rid, worker_id, generation):
                 book = self.book(rid)
                 assert book.at == (worker_id, generation) and not book.num_aborts
@@ -298,15 +365,18 @@ class World:
                 readers = [p for p in self.processes if p.reads(key)]
                 assert not readers, f"{key} released under {readers[0].id}"
                 self.released.add(key)
+                for book in self.waiting_for(key):  # nobody is left who could read it
+                    book.begin_again()
             case ExtendLease(key):
                 assert key in self.held and key not in self.released | self.read
 
     def note_start(self, rid: str, at: Incarnation) -> None:
         book = self.books[rid]
         assert book.is_open and not book.is_started
-        if self.is_plain:
+        if self.is_plain and not book.is_again:
             ahead = [b for b in self.books.values() if b.is_open and b.seq < book.seq]
             behind = [b for b in ahead if b.wish is book.wish and not b.is_started]
+            behind = [b for b in behind if not b.is_again]
             assert not behind, f"{rid} jumped the queue"
         book.is_started, book.at = True, at
         book.outstanding_tokens = book.prompt_tokens
@@ -350,7 +420,9 @@ class World:
         placed = [b for b in books if b.at is not None and self.is_up(*b.at)]
         assert snapshot.open_requests == sum(book.is_open for book in self.books.values())
         assert snapshot.pulls == sum(book.is_pulling for book in placed)
-        assert self.num_queued() <= self.config.max_num_queued_reqs
+        fresh = [b for b in self.books.values() if not b.is_again]
+        num_fresh = sum(book.is_open and not book.is_started for book in fresh)
+        assert num_fresh <= self.config.max_num_queued_reqs
         assert snapshot.open_requests == sum(snapshot.requests_by_phase.values())
         assert snapshot.zombies == sum(not book.is_open for book in placed)
         assert snapshot.leases == len(self.held)
@@ -381,7 +453,7 @@ class World:
         """Let every message through and all work end well; the dead come back, the gone do not."""
         for process in self.processes:
             if not process.is_alive and self.is_up(process.id, process.generation):
-                self.feed(WorkerDown(process.id, process.generation))
+                self.notice(process, 0)
         for _ in range(1000):
             for process in self.down():
                 self.restart(process)

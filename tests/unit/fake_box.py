@@ -115,7 +115,7 @@ class Box:
                 prompt_bytes(client.prompt),
                 client.sampling,
                 source=source or client.source,
-                first_token=client.token_ids[0],
+                forced_tokens=prompt_bytes(client.token_ids[:1]),
                 cached_tokens=5,
             )
         )

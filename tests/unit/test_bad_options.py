@@ -61,7 +61,13 @@ SOURCE = {
 RESULT = {"--json": ("/no/such/folder/x.json", "/"), "--plot": ("/dev/null", "/dev/null/x")}
 BOX = {"--preset": ("best", ""), "--tuned": ("/no/such/file", "/")}
 BAD: dict[str, dict[str, tuple[str, ...]]] = {
-    "serve": {**POLICIES, "--event-log": ("/no/such/folder/log", "/")},
+    "serve": {
+        **POLICIES,
+        "--event-log": ("/no/such/folder/log", "/"),
+        "--hang-timeout": ("0", "-1", "nan", "x"),
+        "--max-request-restarts": ("-1", "1.5", "x"),
+        "--max-num-queued-tokens": ("0", "-1", "x"),
+    },
     "simulate": {
         **POLICIES,
         **SOURCE,
@@ -171,7 +177,8 @@ def test_every_option_that_takes_a_value_is_among_them(command: str) -> None:
 def test_every_policy_is_among_them() -> None:
     """The simulator has the options that decide something, and two that say how many workers."""
     taken = set(sim_options.policy_names())
-    engines = {"prefill", "decode", "max_num_seqs", "enable_prefix_caching", "max_num_queued_reqs"}
+    engines = {"prefill", "decode", "max_num_seqs", "enable_prefix_caching"}
+    engines |= {"max_num_queued_reqs", "max_num_queued_tokens"}
     named = {flag[2:].replace("-", "_") for flag in POLICIES}
     assert taken - engines == named
 

@@ -7,7 +7,6 @@ import pytest
 from tests.unit.core_box import CAPACITY, HAND_OFF, KEY, Box
 from tinfer.core.events import (
     AbortOn,
-    Action,
     Cancelled,
     Event,
     ExtendLease,
@@ -19,6 +18,8 @@ from tinfer.core.events import (
     Prefilled,
     Pulled,
     ReleaseLease,
+    Remainder,
+    StartDecode,
     StartPrefill,
     StartWhole,
     Tick,
@@ -145,38 +146,99 @@ def test_a_lease_ends_once_and_not_by_itself(box: Box) -> None:
 # --- dying workers ---------------------------------------------------------------------------
 
 
-def lost(action: Action) -> bool:
-    return isinstance(action, Fail) and (action.request_id, action.cause) == ("r", "worker-lost")
-
-
-def test_a_prefill_dies_with_its_worker(box: Box) -> None:
+def test_a_prefill_begins_again_elsewhere(box: Box) -> None:
     box.arrive()
-    (fail,) = box.on(WorkerDown("p", 0))
-    assert lost(fail)
+    assert box.on(WorkerDown("p", 0)) == [StartWhole("r", "d", 0)]
     assert box.on(WorkerDown("p", 0)) == []
+    box.on(FirstToken("r", "d", 0), WorkerFinished("r", "d", 0, True))
     box.assert_zero()
 
 
-def test_a_decode_dies_with_its_worker_and_frees_its_source(box: Box) -> None:
+def test_a_decode_begins_again_elsewhere_and_frees_its_source(box: Box) -> None:
     box.to_decoding()
-    release, fail = box.on(WorkerDown("d", 0))
-    assert release == ReleaseLease(KEY) and lost(fail)
-    box.on(LeaseEnded(KEY))
+    assert box.on(WorkerDown("d", 0)) == [ReleaseLease(KEY), StartWhole("r", "p", 0)]
+    box.on(LeaseEnded(KEY), FirstToken("r", "p", 0), WorkerFinished("r", "p", 0, True))
     box.assert_zero()
 
 
-def test_a_pull_dies_with_its_reader(box: Box) -> None:
+def test_what_was_emitted_counts_as_prompt_when_it_begins_again(box: Box) -> None:
+    box.arrive(prompt=20, out=40)
+    assert box.prefilled() == [HAND_OFF]
+    box.on(Pulled("r", "d", 0, True))
+    left = Remainder("r", prompt_tokens=45, max_output_tokens=15, num_emitted=33)
+    _, start = box.on(WorkerDown("d", 0, (left,)))
+    assert start == StartWhole("r", "p", 0)
+    assert box.worker("p").outstanding_prefill_tokens == 45
+
+
+def test_a_pull_whose_reader_died_waits_for_another(box: Box) -> None:
     box.to_handoff()
-    release, fail = box.on(WorkerDown("d", 0))
-    assert release == ReleaseLease(KEY) and lost(fail)
-    assert box.scheduler.ledger_snapshot().pulls == 0
+    assert box.on(WorkerDown("d", 0)) == []
+    snapshot = box.scheduler.ledger_snapshot()
+    assert (snapshot.pulls, snapshot.leases, box.phase()) == (0, 1, Phase.HANDOFF)
+    assert box.on(LeaseOverdue(KEY)) == [ExtendLease(KEY)]
+    assert box.up("d", 1) == [StartDecode("r", "d", 1, KEY)]
+    box.on(Pulled("r", "d", 1, True), LeaseEnded(KEY), WorkerFinished("r", "d", 1, True))
+    box.assert_zero()
 
 
-def test_a_waiting_handoff_dies_with_its_source(box: Box) -> None:
+def test_a_dead_reader_may_have_said_that_it_has_read() -> None:
+    """The owner has seen it and freed the blocks: nothing is left to read."""
+    box = Box("p d")
+    box.to_handoff()
+    assert box.on(WorkerDown("d", 0)) == []
+    assert box.on(LeaseEnded(KEY)) == [StartWhole("r", "p", 0)]
+    box = Box("p d d2")
+    box.arrive()
+    (start,) = box.prefilled()
+    assert isinstance(start, StartDecode)
+    other = "d2" if start.worker_id == "d" else "d"
+    assert box.on(WorkerDown(start.worker_id, 0)) == [StartDecode("r", other, 0, KEY)]
+    assert box.on(LeaseEnded(KEY), Pulled("r", other, 0, False)) == []
+    box.on(WorkerFinished("r", other, 0, True))
+    box.assert_zero()
+
+
+def test_a_waiting_handoff_begins_again_when_its_source_dies(box: Box) -> None:
     box.to_waiting()
-    fails = box.on(WorkerDown("p", 0))
-    assert len(fails) == 1 and lost(fails[0])
-    assert box.on(WorkerFinished("f0", "d", 0, True)) == []
+    assert box.on(WorkerDown("p", 0)) == []
+    assert box.phase() is Phase.QUEUED
+    assert box.on(WorkerFinished("f0", "d", 0, True)) == [StartWhole("r", "d", 0)]
+
+
+def test_a_request_that_kills_is_refused_after_a_few_workers() -> None:
+    box = Box("p")
+    box.arrive()
+    for generation in range(3):
+        assert box.on(WorkerDown("p", generation)) == []
+        assert box.up("p", generation + 1) == [StartWhole("r", "p", generation + 1)]
+    (failed,) = box.on(WorkerDown("p", 3))
+    assert isinstance(failed, Fail) and failed.cause == "worker-lost"
+    assert "4 workers in a row" in failed.message
+    box.assert_zero()
+
+
+def test_a_token_more_clears_a_request(box: Box) -> None:
+    box.arrive()
+    for generation in range(9):
+        left = Remainder("r", 20, 8, num_emitted=generation + 1)
+        box.on(WorkerDown("p", generation, (left,)))
+        box.on(WorkerDown("d", generation, (left,)))
+        assert box.phase() is Phase.QUEUED
+        box.up("p", generation + 1)
+        box.up("d", generation + 1)
+        assert box.phase() is Phase.PREFILLING
+
+
+def test_suspects_run_one_at_a_time(box: Box) -> None:
+    """Three prompts die with their worker: which of them did it shows when each is alone."""
+    for name in "abc":
+        box.arrive(name, prompt=10)
+    started = box.on(WorkerDown("p", 0))
+    assert started == [StartWhole("a", "d", 0)]
+    assert box.arrive("fresh", prompt=10) == [StartWhole("fresh", "d", 0)]
+    assert box.on(FirstToken("a", "d", 0)) == [StartWhole("b", "d", 0)]
+    assert box.up("p", 1) == [StartPrefill("c", "p", 1)]
 
 
 def test_a_pull_outlives_its_source(box: Box) -> None:
@@ -198,7 +260,7 @@ def test_a_zombie_dies_with_its_worker(box: Box) -> None:
 
 def test_old_incarnations_are_not_heard(box: Box) -> None:
     box.arrive()
-    box.on(WorkerDown("p", 0))
+    box.on(WorkerDown("p", 0), WorkerFinished("r", "d", 0, True))
     box.up("p", 1)
     assert box.arrive("s") == [StartPrefill("s", "p", 1)]
     stale: list[Event] = [
@@ -220,9 +282,10 @@ def test_the_queue_waits_for_a_replacement() -> None:
     box = Box("p")
     box.arrive("a", prompt=100)
     box.arrive("b")
-    assert len(box.on(WorkerDown("p", 0))) == 1
-    assert box.phase("b") is Phase.QUEUED
-    assert box.up("p", 1) == [StartWhole("b", "p", 1)]
+    assert box.on(WorkerDown("p", 0)) == []
+    assert box.phase("a") is box.phase("b") is Phase.QUEUED
+    assert box.up("p", 1) == [StartWhole("a", "p", 1)]
+    assert box.on(FirstToken("a", "p", 1)) == [StartWhole("b", "p", 1)]
 
 
 @pytest.mark.parametrize("gone_first", [True, False])
@@ -233,7 +296,7 @@ def test_the_queue_fails_when_the_last_worker_is_given_up(gone_first: bool) -> N
     events: list[Event] = [WorkerGone("p"), WorkerDown("p", 0)]
     fails = box.on(*events if gone_first else reversed(events))
     assert [(x.request_id, x.cause) for x in fails if isinstance(x, Fail)] == [
-        ("a", "worker-lost"),
+        ("a", "no-worker"),
         ("b", "no-worker"),
     ]
     box.assert_zero()
@@ -245,8 +308,8 @@ def test_the_queue_waits_for_a_worker_that_has_yet_to_start() -> None:
     box.arrive("b")
     box.on(WorkerExpected("d", Role.DECODE), WorkerDown("p", 0), WorkerGone("p"))
     assert box.phase("b") is Phase.QUEUED
-    (fail,) = box.on(WorkerGone("d"))
-    assert isinstance(fail, Fail) and fail.request_id == "b"
+    fails = box.on(WorkerGone("d"))
+    assert [one.request_id for one in fails if isinstance(one, Fail)] == ["a", "b"]
 
 
 def test_unknown_ids_are_ignored(box: Box) -> None:

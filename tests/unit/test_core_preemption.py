@@ -93,6 +93,8 @@ def test_nor_for_one_whose_worker_is_dead() -> None:
     lost(box)
     assert AbortOn(AGAIN, "p", 0) in box.on(WorkerDown("d", 0))
     box.on(WorkerFinished(AGAIN, "p", 0, answered=False))
+    assert box.phase() is Phase.PREFILLING  # it begins again itself
+    box.on(FirstToken("r", "p", 0), WorkerFinished("r", "p", 0, answered=True))
     assert box.scheduler.ledger_snapshot().is_zero
 
 

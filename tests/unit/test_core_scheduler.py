@@ -235,12 +235,47 @@ def test_a_restarted_decode_worker_takes_what_waits(box: Box) -> None:
 
 
 @pytest.mark.parametrize("gone_first", [True, False])
-def test_a_handoff_fails_when_no_reader_will_come(box: Box, gone_first: bool) -> None:
+def test_a_handoff_that_nobody_will_read_begins_again(box: Box, gone_first: bool) -> None:
     box.arrive()
     events: list[Event] = [WorkerGone("d"), WorkerDown("d", 0)]
     box.on(*events if gone_first else reversed(events))
-    release, fail = box.prefilled()
-    assert release == ReleaseLease(KEY)
-    assert isinstance(fail, Fail) and fail.cause == "worker-lost"
-    box.on(LeaseEnded(KEY))
+    assert box.prefilled() == [ReleaseLease(KEY), StartWhole("r", "p", 0)]
+    box.on(LeaseEnded(KEY), FirstToken("r", "p", 0), WorkerFinished("r", "p", 0, True))
     box.assert_zero()
+
+
+# --- a full queue ----------------------------------------------------------------------------
+
+
+def refused(actions: list[Action]) -> Fail:
+    (fail,) = actions
+    assert isinstance(fail, Fail) and fail.cause == "queue-full"
+    return fail
+
+
+def test_a_queue_is_full_by_prompt_tokens_too() -> None:
+    box = Box(max_num_queued_tokens=100)
+    box.arrive("a", prompt=100)
+    assert box.arrive("long", prompt=500) == []  # nothing else waits
+    assert refused(box.arrive("b", prompt=1)).retry_after_s >= 0.0
+    box.on(Cancelled("long"))
+    assert box.arrive("c", prompt=60) == box.arrive("d", prompt=40) == []
+    refused(box.arrive("e", prompt=1))
+    box.on(Cancelled("c"))
+    assert box.arrive("f", prompt=60) == []
+
+
+def test_who_is_sent_away_hears_when_half_the_queue_will_be_gone() -> None:
+    box = Box(max_num_queued_reqs=6)
+    scheduler = box.scheduler
+    now_s = 0.0
+    for number in range(40):  # one starts and ends every half second
+        now_s = 0.5 * number
+        name = f"s{number}"
+        scheduler.on_event(Arrived(name, 100, 1), now_s)
+        scheduler.on_event(WorkerFinished(name, "p", 0, True), now_s)
+        scheduler.on_event(WorkerFinished(name, "d", 0, True), now_s)
+    for number in range(20):
+        actions = scheduler.on_event(Arrived(f"q{number}", 500, 1), now_s)
+    fail = refused(actions)
+    assert 1.0 < fail.retry_after_s < 2.5  # three of six, at two in a second

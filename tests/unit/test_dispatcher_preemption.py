@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from tests.unit.master_box import STATS, D, DispatcherBox, P, read
-from tinfer.errors import WorkerLost
 from tinfer.master.loop import NO_ANSWER
 from tinfer.master.streams import RequestStream
 from tinfer.wire import messages as wire
@@ -104,11 +103,14 @@ async def test_who_has_left_is_prefilled_for_nobody(
 async def test_when_the_worker_that_lost_it_dies_its_prefill_is_ended(box: DispatcherBox) -> None:
     stream = lost(box)
     box.down(D)
-    assert isinstance((await read(stream)).error, WorkerLost)
-    assert box.told() == [(P, wire.Abort([AGAIN]))]
+    abort, (to, again) = box.told()
+    assert abort == (P, wire.Abort([AGAIN]))
+    assert to == P and isinstance(again, wire.Start) and again.kind == "whole"
     computed(box)
     assert box.told() == [(P, wire.ReleaseLease(LEASE))]
     box.lease_ended(5)
+    stream.cancel()
+    box.say(P, wire.Aborted(["r"]))
     assert_over(box)
 
 
@@ -117,7 +119,10 @@ async def test_when_it_dies_as_it_pulls_the_blocks_are_let_go(box: DispatcherBox
     computed(box)
     box.told()
     box.down(D)
-    assert isinstance((await read(stream)).error, WorkerLost)
-    assert box.told() == [(P, wire.ReleaseLease(LEASE))]
+    release, (to, again) = box.told()
+    assert release == (P, wire.ReleaseLease(LEASE))
+    assert to == P and isinstance(again, wire.Start) and again.kind == "whole"
     box.lease_ended(5)
+    stream.cancel()
+    box.say(P, wire.Aborted(["r"]))
     assert_over(box)

@@ -73,6 +73,7 @@ async def test_a_split_request(clock: SteppedClock) -> None:
         recomputed=False,
         decode_s=8.0,
         tpot_s=2.0,
+        restarts=0,
         e2el_s=10.0,
     )
 

@@ -27,6 +27,8 @@ from tinfer.wire.messages import (
     Output,
     PeerDown,
     PeerUp,
+    Ping,
+    Pong,
     PullDone,
     Ready,
     Refused,
@@ -98,7 +100,15 @@ SPEC = WorkerSpec(
 TO_WORKER: list[messages.ToWorker] = [
     Start("r-1", "whole", PROMPT, SamplingSpec(max_tokens=1)),
     Start("r-2", "prefill", PROMPT, SAMPLING),
-    Start("r-3", "decode", PROMPT, SamplingSpec(16), SOURCE, first_token=17, cached_tokens=16),
+    Start(
+        "r-3",
+        "decode",
+        PROMPT,
+        SamplingSpec(16),
+        SOURCE,
+        forced_tokens=b"\x11\0\0\0",
+        cached_tokens=16,
+    ),
     Resume("r-3", SOURCE),
     Resume("r-3"),
     Abort(["r-1", "r-2"]),
@@ -109,6 +119,7 @@ TO_WORKER: list[messages.ToWorker] = [
     PeerUp("prefill-0", 2, b"\0export"),
     PeerDown("prefill-0", 2),
     Wake(),
+    Ping(),
     Stop(),
 ]
 TO_MASTER: list[messages.ToMaster] = [
@@ -145,6 +156,7 @@ TO_MASTER: list[messages.ToMaster] = [
     LeasesOverdue([LEASE, LeaseId(0, 0)]),
     Aborted(["r-1"]),
     Idle(STATS),
+    Pong(),
     Fault("step failed"),
 ]
 CONTROL: list[control.Control] = [

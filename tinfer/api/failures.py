@@ -15,7 +15,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from tinfer.api.responses import ErrorBody, ErrorInfo, new_id
-from tinfer.errors import Overloaded, RequestError, TinferError
+from tinfer.errors import NoWorker, Overloaded, RequestError, TinferError
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
 
 
 def _retry_after(error: TinferError) -> dict[str, str] | None:
-    if not isinstance(error, Overloaded):
+    if not isinstance(error, Overloaded | NoWorker):
         return None
     return {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
 

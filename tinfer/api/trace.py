@@ -30,7 +30,8 @@ class Trace(Struct, frozen=True, kw_only=True):
 
     Null: `decode_worker` where a split request ended with its first token, what is about a hand-off
     where there was none, `tpot_s` below two tokens. `recomputed`: the hand-off failed and the
-    decode worker computed the prompt again.
+    decode worker computed the prompt again. `restarts`: how often the request began again because
+    its worker had died; `prefill_worker` and `decode_worker` are then the last ones.
     """
 
     request_id: str
@@ -49,6 +50,7 @@ class Trace(Struct, frozen=True, kw_only=True):
     recomputed: bool
     decode_s: float | None
     tpot_s: float | None
+    restarts: int
     e2el_s: float
 
 

@@ -27,7 +27,8 @@ NOT_SIMULATED = frozenset(
     + ("prefill_devices", "decode_devices", "kv_transport", "tensor_parallel_size", "cpu_threads")
     + ("dtype", "max_model_len", "block_size", "gpu_memory_utilization", "kv_cache_memory_bytes")
     + ("enforce_eager", "trust_remote_code", "chat_template", "strict_params")
-    + ("shutdown_timeout", "start_timeout", "lease_ttl", "max_worker_restarts")
+    + ("shutdown_timeout", "start_timeout", "lease_ttl", "hang_timeout")
+    + ("max_worker_restarts", "max_request_restarts")
     + ("log_dir", "event_log", "verbose", "engine", "fake_engine")
 )
 # This one is an option of the workload here; it numbers everything that is drawn.

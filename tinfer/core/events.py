@@ -54,11 +54,26 @@ class WorkerUp(Struct, tag=True, frozen=True):
     capacity: Capacity
 
 
+class Remainder(Struct, frozen=True):
+    """What is left of a request that has emitted tokens and would begin again: a prompt and a bound
+    of the answer that may count some of those as prompt, and how many were emitted in all."""
+
+    request_id: str
+    prompt_tokens: int
+    max_output_tokens: int
+    num_emitted: int
+
+
 class WorkerDown(Struct, tag=True, frozen=True):
-    """That incarnation is seen dead: nothing of it computes, reads or holds any more."""
+    """That incarnation is seen dead: nothing of it computes, reads or holds any more.
+
+    `remainders` are of the requests that had emitted tokens and that it computed; whatever else it
+    had begins again as it was.
+    """
 
     worker_id: str
     generation: int
+    remainders: tuple[Remainder, ...] = ()
 
 
 class WorkerGone(Struct, tag=True, frozen=True):
@@ -184,7 +199,8 @@ Event = (
 
 
 class StartPrefill(Struct, tag=True, frozen=True):
-    """Compute the prompt and the first token there, then hold the blocks."""
+    """Compute the prompt and the first token there, then hold the blocks. A request may be started
+    more than once: again only after the worker that had it was seen dead."""
 
     request_id: str
     worker_id: str
@@ -276,11 +292,14 @@ class ExtendLease(Struct, tag=True, frozen=True):
 
 
 class Fail(Struct, tag=True, frozen=True):
-    """Answer the client with an error; `cause` is `worker-lost`, `no-worker` or `queue-full`."""
+    """Answer the client with an error; `cause` is `worker-lost` (each of several workers died with
+    it), `no-worker` or `queue-full`. `retry_after_s` is when the queue will be half as long, at the
+    pace at which requests have lately left it; 0 where nothing is known of that."""
 
     request_id: str
     cause: str
     message: str
+    retry_after_s: float = 0.0
 
 
 Action = (

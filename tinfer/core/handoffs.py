@@ -1,7 +1,8 @@
 """Split requests on the way from the worker that prefilled them to the one that decodes them.
 
 Invariant: a request that waits here is in phase HANDOFF and has one lease, which no reader was told
-of; it leaves with the start of its decode, with its end, or with its source's death.
+of or whose reader died; it leaves with the start of its decode, with its end, with its source's
+death, or for another start where nobody is left to read.
 """
 
 from __future__ import annotations
@@ -64,8 +65,6 @@ class Handoffs:
             if not waiting:
                 continue
             readers = self._fleet.readers(source)
-            if not self._fleet.expects_reader(source):
-                actions += self._fail_all(waiting)
             full: set[str] = set()
             for request in list(waiting.values()):
                 open_readers = [one for one in readers if one.id not in full]
@@ -92,6 +91,21 @@ class Handoffs:
         assert lease.request_id is not None, f"{lease.key} is nobody's"
         return self._waiting[lease.owner.role].pop(lease.request_id)
 
+    def wait_again(self, lease: Lease, request: Request) -> None:
+        """The worker that was to read its blocks is dead, and they are still there."""
+        self._ledger.offer_again(lease)
+        request.target = None
+        self._waiting[lease.owner.role][request.id] = request
+
+    def stranded(self) -> list[Request]:
+        """Those that wait for a kind of worker of which none is up or to come."""
+        return [
+            request
+            for source, waiting in self._waiting.items()
+            if waiting and not self._fleet.expects_reader(source)
+            for request in waiting.values()
+        ]
+
     def waiting(self, now_s: float, limit: int) -> list[WaitingSnapshot]:
         """Up to `limit` of each source, and why each waits."""
         found: list[WaitingSnapshot] = []
@@ -113,15 +127,6 @@ class Handoffs:
         self._ledger.start_pull(request.id)
         worker.place(request, prefill_tokens=0)
         return ev.StartDecode(request.id, worker.id, worker.generation, lease.key)
-
-    def _fail_all(self, waiting: dict[str, Request]) -> list[ev.Action]:
-        actions: list[ev.Action] = []
-        for request in list(waiting.values()):
-            actions += self.withdraw(request)
-            message = "no worker is left to decode the request"
-            actions.append(ev.Fail(request.id, "worker-lost", message))
-            self._requests.move(request, Phase.FINISHED)
-        return actions
 
     def _lease_of(self, request: Request) -> Lease:
         lease = self._ledger.of_request(request.id)

@@ -1,8 +1,9 @@
 """The exact account of leases and pulls: each is opened once and ended once.
 
-A lease moves WAITING → READING → READ, or to RELEASED from any of them, and leaves the account when
-its owner has freed the blocks or is dead. Its invariant: RELEASED is reached only when no reader
-was told of the lease, the reader has stopped, or the reader is seen dead.
+A lease moves WAITING → READING → READ, or to RELEASED from any of them, back to WAITING when its
+reader died, and leaves the account when its owner has freed the blocks or is dead. Its invariant:
+RELEASED is reached only when no reader was told of the lease, the reader has stopped, or the reader
+is seen dead.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ class Lease:
     owner: Worker
     reader: Worker | None = None
     state: LeaseState = LeaseState.WAITING
+    # A reader was told of it and died: its owner may have seen that one stop.
+    is_offered_again: bool = False
 
 
 class Ledger:
@@ -87,6 +90,20 @@ class Ledger:
         lease.reader = reader
         self._by_reader.setdefault(reader, {})[lease.key] = lease
 
+    def offer_again(self, lease: Lease) -> None:
+        """The reader is seen dead, and another may read what is still held.
+
+        The dead one may have said that it stopped: then the owner frees the blocks all the same,
+        and a reader that comes too late sees by the lease's generation that it read something else.
+        Raises `LedgerError` unless it was being read.
+        """
+        if lease.state is not LeaseState.READING or lease.reader is None:
+            raise LedgerError(f"{lease.key}: offered again while {lease.state.value}")
+        _drop(self._by_reader, lease.reader, lease.key)
+        lease.reader = None
+        lease.state = LeaseState.WAITING
+        lease.is_offered_again = True
+
     def stop_read(self, request_id: str, reader: Worker) -> None:
         """The reader has stopped; nothing to do where the owner's own word came first."""
         lease = self._by_request.get(request_id)
@@ -110,7 +127,7 @@ class Ledger:
         lease = self._leases.get(key)
         if lease is None:
             raise LedgerError(f"{key}: ended, but not open")
-        if lease.state is LeaseState.WAITING:
+        if lease.state is LeaseState.WAITING and not lease.is_offered_again:
             raise LedgerError(f"{key}: ended, but neither read nor released")
         self._remove(lease)
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from tinfer.core.events import Remainder
 from tinfer.core.lengths import Lengths
 from tinfer.core.lifecycle import LifecycleError, move
 from tinfer.core.outlook import few
@@ -62,6 +63,35 @@ class Request:
     serves: Request | None = None
     reprefill: Request | None = None
     parked_tokens: int | None = None
+    # How often in a row its worker died before it had a token more, and the tokens it had by then.
+    num_fruitless: int = 0
+    num_emitted: int = 0
+    # Of those, the ones that now are prompt.
+    num_moved: int = 0
+
+    def lost(self, left: Remainder | None) -> None:
+        """Its worker is dead: it is to begin again, as what is left of it."""
+        num_emitted = self.num_emitted if left is None else left.num_emitted
+        self.num_fruitless = 0 if num_emitted > self.num_emitted else self.num_fruitless + 1
+        self.num_emitted = num_emitted
+        if left is not None and left.max_output_tokens != self.max_output_tokens:
+            self._move(left)
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """Forget how far it was; no worker has it."""
+        self.route = self.target = self.lease = self.first_step = None
+        self.stays = False
+
+    def _move(self, left: Remainder) -> None:
+        """Count a part of what was emitted as prompt."""
+        num_more = self.max_output_tokens - left.max_output_tokens
+        num_here = self.num_emitted - self.num_moved
+        points = self.lengths.survivors(num_here) or (num_here + 1,)
+        self.lengths = Lengths(tuple(one - num_more for one in points))
+        self.num_moved += num_more
+        self.prompt_tokens, self.max_output_tokens = left.prompt_tokens, left.max_output_tokens
+        self.__post_init__()
 
 
 class RequestTable:
@@ -73,13 +103,16 @@ class RequestTable:
         self._num_by_phase: dict[Phase, int] = {
             phase: 0 for phase in Phase if phase is not Phase.FINISHED
         }
+        # Prompt tokens of those that wait for a first worker.
+        self.num_queued_tokens = 0
 
     def add(self, request: Request) -> None:
-        """Open a request. Raises `LifecycleError` if its id is in use."""
+        """Open a request, which is queued. Raises `LifecycleError` if its id is in use."""
         if request.id in self._open or request.id in self._zombies:
             raise LifecycleError(f"{request.id}: arrived twice")
         self._open[request.id] = request
         self._num_by_phase[request.phase] += 1
+        self.num_queued_tokens += request.prompt_tokens
 
     def get(self, request_id: str) -> Request | None:
         """The open request of that id."""
@@ -99,6 +132,8 @@ class RequestTable:
         before = request.phase
         move(request, phase)
         self._num_by_phase[before] -= 1
+        if Phase.QUEUED in (before, phase):
+            self.num_queued_tokens += request.prompt_tokens * (1 if phase is Phase.QUEUED else -1)
         if phase is Phase.FINISHED:
             del self._open[request.id]
         else:

@@ -2,7 +2,8 @@
 
 It is the only writer of scheduling state, and pure: no clock, no I/O, no randomness of its own, so
 that the live loop and the simulator share it and a recorded event log replays to the same actions.
-Its invariants: every accepted request ends exactly once; blocks are given up only on word that
+Its invariants: every accepted request ends exactly once, and the death of its worker is
+no end while another is up or to come; blocks are given up only on word that
 their reader has stopped; no action addresses an incarnation that is not live. `LifecycleError` or
 `LedgerError` out of `on_event` means that one of them would break; the events named below as late
 are the ones that a race explains, and those are ignored.
@@ -19,8 +20,10 @@ from tinfer.core.fleet import Fleet
 from tinfer.core.handoffs import Handoffs
 from tinfer.core.ledger import Lease, LeaseState, Ledger
 from tinfer.core.lengths import certain
+from tinfer.core.losses import Losses
 from tinfer.core.policies.flips import Flip, why_not_flip
 from tinfer.core.policies.interfaces import Placement
+from tinfer.core.policies.orders import Fcfs
 from tinfer.core.policies.registry import build_policies
 from tinfer.core.preemption import Preemptions
 from tinfer.core.requests import Request, RequestTable
@@ -32,7 +35,6 @@ from tinfer.core.types import (
     WaitingSnapshot,
     WorkerSnapshot,
 )
-from tinfer.core.worker import Worker
 
 # How long what arrived counts as what is asked for.
 DEMAND_MEMORY_S = 30.0
@@ -45,13 +47,18 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._max_num_queued_reqs = config.max_num_queued_reqs
+        self._max_num_queued_tokens = config.max_num_queued_tokens
         self._fleet = Fleet(config.costs, config.overflow_z, ageing_tokens_per_s(config))
         self._demand = Demand(DEMAND_MEMORY_S)
+        self._starts = Demand(DEMAND_MEMORY_S)
         self._policies = build_policies(config, self._fleet, self._demand)
         self._queues = self._policies.queues
         self._requests = RequestTable()
         self._ledger = Ledger()
         self._handoffs = Handoffs(self._policies, self._fleet, self._requests, self._ledger)
+        self._losses = Losses(
+            self._queues, config.max_request_restarts, self._requests, self._ledger, self._handoffs
+        )
         self._preemptions = Preemptions(
             self._policies.preemption, self._fleet, self._requests, self._ledger
         )
@@ -68,6 +75,7 @@ class Scheduler:
         self._actions = actions
         self._apply(event, now_s)
         if not _changes_little(event):
+            actions += self._losses.restart_stranded()
             actions += self._handoffs.admit(now_s)
             self._start_queued(now_s)
             self._set_budgets()
@@ -97,7 +105,7 @@ class Scheduler:
     def waiting(self, now_s: float, limit: int = 100) -> list[WaitingSnapshot]:
         """Up to `limit` of each kind of waiting request, and why each waits."""
         found: list[WaitingSnapshot] = []
-        for queue in self._queues.values():
+        for queue in (*self._losses.queues.values(), *self._queues.values()):
             if len(queue):
                 found += explain.queued(queue.listed(now_s), self._fleet, now_s, limit)
         found += self._handoffs.waiting(now_s, limit)
@@ -143,8 +151,10 @@ class Scheduler:
     def _arrived(self, event: ev.Arrived, now_s: float) -> None:
         if not self._fleet.workers:
             return self._refuse(event.request_id, "no-worker", "no worker is up")
-        if self._num_queued() >= self._max_num_queued_reqs:
-            return self._refuse(event.request_id, "queue-full", "too many requests are waiting")
+        if self._is_full(event.prompt_tokens):
+            message = "too many requests are waiting"
+            wait_s = self._half_a_queue_s(now_s)
+            return self._actions.append(ev.Fail(event.request_id, "queue-full", message, wait_s))
         wish = event.route or self._policies.wish
         if wish is Route.SPLIT and event.max_output_tokens == 1:
             wish = Route.WHOLE  # one token is all prefill: there is nothing to hand off
@@ -166,6 +176,21 @@ class Scheduler:
         self._num_arrived += 1
         self._queues[request.wish].add(request, now_s)
 
+    def _is_full(self, prompt_tokens: int) -> bool:
+        """Whether the queue has no room for such a prompt; one that is longer than all of the room
+        is taken when nothing else waits."""
+        num_queued = self._num_queued()
+        if num_queued >= self._max_num_queued_reqs:
+            return True
+        limit_tokens = self._max_num_queued_tokens
+        if limit_tokens is None or not num_queued:
+            return False
+        return self._requests.num_queued_tokens + prompt_tokens > limit_tokens
+
+    def _half_a_queue_s(self, now_s: float) -> float:
+        starts_per_s, _, _ = self._starts.rates(now_s)
+        return 0.5 * self._num_queued() / starts_per_s if starts_per_s > 0.0 else 0.0
+
     def _cancelled(self, event: ev.Cancelled) -> None:
         request = self._requests.get(event.request_id)
         if request is None:  # late: it has just ended
@@ -177,6 +202,7 @@ class Scheduler:
             return self._requests.bereave(request)
         if request.phase is Phase.QUEUED:
             self._queues[request.wish].discard(request)
+            self._losses.discard(request)
         else:
             self._actions += self._handoffs.withdraw(request)
         self._requests.move(request, Phase.FINISHED)
@@ -241,8 +267,12 @@ class Scheduler:
             self._release(self._ledger.open(event.lease, worker, event.num_blocks, None))
 
     def _lease_ended(self, event: ev.LeaseEnded) -> None:
-        if self._fleet.get(event.lease.worker_id, event.lease.worker_generation) is not None:
-            self._ledger.end(event.lease)
+        if self._fleet.get(event.lease.worker_id, event.lease.worker_generation) is None:
+            return
+        lease = self._ledger.get(event.lease)
+        self._ledger.end(event.lease)
+        if lease is not None:
+            self._losses.lease_ended(lease)
 
     def _lease_overdue(self, event: ev.LeaseOverdue) -> None:
         lease = self._ledger.get(event.lease)
@@ -261,12 +291,12 @@ class Scheduler:
         if worker is None:  # late, or it never came up
             return
         self._flip_reasons.pop(worker.id, None)
+        left = {one.request_id: one for one in event.remainders}
         for lease in self._ledger.end_all_of(worker):
             if lease.state is LeaseState.WAITING and lease.request_id is not None:
-                self._lose(self._handoffs.take(lease), worker)
+                self._actions += self._losses.lose(self._handoffs.take(lease), worker, left)
         for lease in self._ledger.read_by(worker):
-            if lease.state is not LeaseState.RELEASED:
-                self._release(lease)
+            self._actions += self._losses.reader_died(lease, worker)
         for request in list(worker.requests.values()):
             if request.serves is not None:
                 self._actions += self._preemptions.failed(request, worker)
@@ -277,7 +307,7 @@ class Scheduler:
             if self._requests.is_zombie(request):
                 self._requests.bury(request)
             else:
-                self._lose(request, worker)
+                self._actions += self._losses.lose(request, worker, left)
 
     def _stepped(self, event: ev.Stepped, now_s: float) -> None:
         worker = self._fleet.get(event.worker_id, event.generation)
@@ -312,11 +342,24 @@ class Scheduler:
         """Start queued requests; between the queues, the earliest arrival first."""
         if self._fleet.is_exhausted:
             self._fail_queued(now_s)
+        for wish, lost in self._losses.queues.items():
+            if len(lost):
+                self._start_lost(wish, lost, now_s)
         open_wishes = [wish for wish, queue in self._queues.items() if len(queue)]
         while open_wishes and self._fleet.num_taking:
             wish = min(open_wishes, key=lambda one: self._head(one, now_s).arrival_seq)
             if not self._start_one(wish, now_s) or not len(self._queues[wish]):
                 open_wishes.remove(wish)
+
+    def _start_lost(self, wish: Route | None, queue: Fcfs, now_s: float) -> None:
+        """In order of arrival; only those that have to run apart may be overtaken."""
+        for request in list(queue.in_order(now_s)):
+            placement = self._policies.placers[wish].place(request, self._fleet, 0, now_s)
+            if placement is not None:
+                queue.discard(request)
+                self._start(request, placement, now_s)
+            elif not request.num_fruitless:
+                return
 
     def _head(self, wish: Route | None, now_s: float) -> Request:
         return next(self._queues[wish].in_order(now_s))
@@ -329,15 +372,17 @@ class Scheduler:
             placement = placer.place(request, self._fleet, ahead_tokens, now_s)
             if placement is not None:
                 queue.discard(request)
-                self._start(request, placement)
+                self._start(request, placement, now_s)
                 return True
             ahead_tokens += request.prompt_tokens
         return False
 
-    def _start(self, request: Request, placement: Placement) -> None:
+    def _start(self, request: Request, placement: Placement, now_s: float) -> None:
         route, worker = placement
         request.route = route
-        worker.place(request, prefill_tokens=worker.uncached_tokens(request))
+        num_new = worker.uncached_tokens(request)
+        self._starts.arrived(request, num_new, now_s)
+        worker.place(request, prefill_tokens=num_new)
         worker.prefixes.use(request.block_hashes)
         self._requests.move(request, Phase.PREFILLING)
         start = ev.StartPrefill if route is Route.SPLIT else ev.StartWhole
@@ -365,7 +410,7 @@ class Scheduler:
                 self._actions.append(ev.SetBudget(worker.id, worker.generation, tokens))
 
     def _num_queued(self) -> int:
-        return sum(map(len, self._queues.values()))
+        return sum(map(len, self._queues.values())) + len(self._losses)
 
     # --- ends --------------------------------------------------------------------------------
 
@@ -376,11 +421,8 @@ class Scheduler:
         self._refuse(request.id, cause, message)
         self._requests.move(request, Phase.FINISHED)
 
-    def _lose(self, request: Request, worker: Worker) -> None:
-        self._fail(request, "worker-lost", f"worker {worker.id} died before the request finished")
-
     def _fail_queued(self, now_s: float) -> None:
-        for queue in self._queues.values():
+        for queue in (*self._losses.queues.values(), *self._queues.values()):
             while len(queue):
                 request = next(queue.in_order(now_s))
                 queue.discard(request)

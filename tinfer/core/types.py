@@ -74,7 +74,8 @@ class SchedulerConfig(Struct, frozen=True, kw_only=True):
     request that lost its blocks has them computed again. A step in which something decodes may take
     `itl_slack` times longer for prompts, and as much again for every one that waits
     (`prefill_budget` "slack"). `overflow_z` is the standard deviations that `peak` leaves room for.
-    `seed` is of whatever draws at random.
+    `max_request_restarts` bounds how often in a row a request is begun again without a token more
+    than before. `seed` is of whatever draws at random.
     """
 
     route: str = "auto"
@@ -93,6 +94,8 @@ class SchedulerConfig(Struct, frozen=True, kw_only=True):
     flip: str = "off"
     overflow_z: Annotated[float, Meta(ge=0)] = 0.52
     max_num_queued_reqs: Annotated[int, Meta(ge=1)] = 1024
+    max_num_queued_tokens: Annotated[int, Meta(ge=1)] | None = None
+    max_request_restarts: Annotated[int, Meta(ge=0)] = 3
     costs: CostModel = CostModel()
     seed: int = 0
 

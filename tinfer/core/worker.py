@@ -105,6 +105,13 @@ class Worker:
     def has_seat(self) -> bool:
         return self.num_seqs < self.capacity.max_num_seqs
 
+    def is_open_to(self, request: Request) -> bool:
+        """False for a second prompt whose last worker died of it or of one beside it: they run one
+        at a time, so that the one that kills is found out and takes none of the others with it."""
+        if not request.num_fruitless:
+            return True
+        return not any(one.num_fruitless for one in self.prefilling.values())
+
     @property
     def takes_prefill(self) -> bool:
         """Whether a prefill sent now starts soon, rather than wait out of the master's sight."""
@@ -117,7 +124,7 @@ class Worker:
         The engine goes by tokens alone, so what bounds a long prompt's wait there is that no
         shorter one is sent any more once it has aged, by as much as it would in the queue.
         """
-        if not self.has_seat:
+        if not self.has_seat or not self.is_open_to(request):
             return False
         tokens, arrived_s = self.uncached_tokens(request), request.arrived_s
         ahead_tokens = 0

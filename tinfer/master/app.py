@@ -10,6 +10,7 @@ import logging
 import signal
 import socket
 import time
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 
 import uvloop
@@ -31,6 +32,7 @@ from tinfer.errors import NoWorker, StartError, TinferError
 from tinfer.master import report, transport
 from tinfer.master.cores import CoreClaims
 from tinfer.master.event_log import EventLog
+from tinfer.master.hangs import HangWatch
 from tinfer.master.lag import LagMeter
 from tinfer.master.limits import client_descriptors, raise_descriptor_limit
 from tinfer.master.listener import Door, bind
@@ -129,6 +131,7 @@ class Server:
             self._dispatcher.worker_event(
                 events.WorkerExpected(placement.worker_id, placement.role)
             )
+        self._hangs = HangWatch(self._supervisor, self._link.send, config.hang_timeout)
         self._all_ready = asyncio.get_running_loop().create_future()
         self._service: MasterService | None = None
         self._runner: web.AppRunner | None = None
@@ -183,7 +186,7 @@ class Server:
         gc.freeze()
         self._door.open(self._runner.server)
         self._service.mood = Mood.SERVING
-        self._tickers = [asyncio.create_task(one) for one in (self._tick(), self._lag.run())]
+        self._tickers = [asyncio.create_task(one) for one in self._tasks()]
         host, port = self._listener.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         report.show(
@@ -191,6 +194,11 @@ class Server:
                 self._config, self._supervisor, choice, url, self._names[0], self._report.elapsed_s
             )
         )
+
+    def _tasks(self) -> Iterator[Coroutine[None, None, None]]:
+        yield self._tick()
+        yield self._lag.run()
+        yield self._hangs.run()
 
     async def _tick(self) -> None:
         """Let the scheduler look at what only time changes."""
@@ -212,6 +220,8 @@ class Server:
         if isinstance(message, wire.CannotStart | wire.Fault):
             self._supervisor.worker_failed(sender, message.reason)
             return
+        if isinstance(message, wire.Pong):
+            return self._hangs.answered(sender)
         slot = self._supervisor.slots.get(sender.worker_id)
         if slot is None or slot.incarnation != sender or slot.life is not Life.READY:
             return  # the word of an incarnation that is seen dead no longer counts

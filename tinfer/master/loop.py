@@ -2,17 +2,19 @@
 
 The dispatcher owns every live request (its prompt, its sampling, its stream) and delivers what the
 workers emit. A stream gets just what lies beyond what it has: tokens and text are counted, so the
-first token, which the decode worker repeats, is delivered once.
+first token, which the decode worker repeats, is delivered once, and so is all that a request emits
+again that goes on elsewhere after its worker's death.
 """
 
 from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import assert_never
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from tinfer.api.service import Delta, Generation
 from tinfer.api.trace import Trace
@@ -29,6 +31,7 @@ from tinfer.errors import (
     TinferError,
     WorkerLost,
 )
+from tinfer.master.attempts import Attempt, next_attempt, remainder, text_before, to_start
 from tinfer.master.event_log import EventLog
 from tinfer.master.scheduling import block_hashes
 from tinfer.master.streams import RequestStream
@@ -45,6 +48,10 @@ Send = Callable[[Incarnation, wire.ToWorker], None]
 NO_ANSWER = SamplingSpec(max_tokens=1, temperature=0.0, ignore_eos=True)
 
 
+# A client that is sent away for longer than this asks too late.
+MAX_RETRY_AFTER_S = 60.0
+
+
 class LiveRequest(Struct):
     """One accepted request, from submit until every worker has let go of it. `prompt` and
     `emitted` are int32 token ids; `source` is where its blocks were or will be read from last."""
@@ -54,10 +61,10 @@ class LiveRequest(Struct):
     emitted: array[int]
     stream: RequestStream
     timeline: Timeline
+    attempt: Attempt
     delivered_tokens: int = 0
     delivered_text_len: int = 0
     cached_tokens: int = 0
-    first_token: int | None = None
     source: wire.Source | None = None
     workers: set[Incarnation] = set()  # those with a part in it; ended and empty, it is forgotten
 
@@ -90,6 +97,8 @@ class Dispatcher:
         self._reprefills: dict[str, tuple[str, Incarnation]] = {}
         self.stats: dict[Incarnation, wire.WorkerStats] = {}
         self.num_finished = 0
+        # Starts of requests that had been started before, on a worker that died.
+        self.num_restarts = 0
 
     # --- requests in --------------------------------------------------------------------------
 
@@ -99,7 +108,9 @@ class Dispatcher:
         stream = RequestStream(request_id, self._cancelled)
         timeline = Timeline(self._clock.now_s())
         prompt = array("i", prompt_ids).tobytes()
-        self._live[request_id] = LiveRequest(generation, prompt, array("i"), stream, timeline)
+        self._live[request_id] = LiveRequest(
+            generation, prompt, array("i"), stream, timeline, Attempt()
+        )
         arrived = self._arrival(request_id, generation, prompt)
         refusal = self._post(arrived, refusing=request_id)
         if refusal is not None:
@@ -161,11 +172,21 @@ class Dispatcher:
         self, event: events.WorkerUp | events.WorkerDown | events.WorkerExpected | events.WorkerGone
     ) -> None:
         """The fleet has changed."""
+        if isinstance(event, events.WorkerDown):
+            event = replace(event, remainders=tuple(self._remainders()))
         self._post(event)
         if isinstance(event, events.WorkerUp) and event.role is Role.WHOLE:
             self.changed_roles.pop(event.worker_id, None)
         if isinstance(event, events.WorkerDown):
             self._bereave(Incarnation(event.worker_id, event.generation))
+
+    def _remainders(self) -> Iterator[events.Remainder]:
+        """What would be left of each request that has emitted tokens."""
+        for request_id, live in self._live.items():
+            if live.emitted and not live.stream.ended:
+                sampling = live.generation.sampling
+                num_prompt = len(live.generation.prompt_token_ids)
+                yield remainder(request_id, num_prompt, sampling, len(live.emitted))
 
     def ask_role(self, worker: Incarnation, role: Role) -> None:
         """Have a worker take a role once it has drained. Raises `InvalidRequest` if it cannot."""
@@ -209,7 +230,7 @@ class Dispatcher:
                 self.stats[sender] = stats
             case wire.Refused():
                 self._refused(sender, message)
-            case wire.Ready() | wire.CannotStart() | wire.Fault():
+            case wire.Ready() | wire.CannotStart() | wire.Fault() | wire.Pong():
                 log.error("%s.%d sent %s to the dispatcher", *sender, type(message).__name__)
             case _:
                 assert_never(message)
@@ -234,7 +255,6 @@ class Dispatcher:
         elif source is not None:
             if live is not None:
                 live.source = source
-                live.first_token = output.token_ids[-1]
                 live.workers.discard(sender)
             self._post(
                 events.Prefilled(request_id, *sender, _source_key(source), source.num_blocks)
@@ -350,13 +370,20 @@ class Dispatcher:
         live.workers.add(worker)
         live.timeline.started(kind, worker.worker_id, self._clock.now_s())
         decode = kind == "decode"
+        sampling = live.generation.sampling
+        if not decode:
+            live.attempt = next_attempt(sampling, len(live.emitted))
+            self.num_restarts += live.timeline.num_starts > 1
+        prompt, forced_tokens, sampling = to_start(
+            live.attempt, live.prompt, live.emitted, sampling
+        )
         start = wire.Start(
             request_id,
             kind,
-            live.prompt,
-            live.generation.sampling,
+            prompt,
+            sampling,
             source=live.source if decode else None,
-            first_token=live.first_token if decode else None,
+            forced_tokens=forced_tokens,
             cached_tokens=live.cached_tokens if decode else 0,
         )
         self._send(worker, start)
@@ -378,8 +405,12 @@ class Dispatcher:
 
 def _deliver(live: LiveRequest, output: wire.Output, clock: Clock) -> None:
     """Push what the client lacks of an output."""
-    num_new = output.num_output_tokens - live.delivered_tokens
-    len_new = output.text_len - live.delivered_text_len
+    num_tokens = live.attempt.num_moved + output.num_output_tokens
+    has = (live.delivered_tokens, live.delivered_text_len)
+    len_before = text_before(live.attempt, num_tokens, output.text_len, len(output.text), has)
+    text_len = len_before + output.text_len
+    num_new = num_tokens - live.delivered_tokens
+    len_new = text_len - live.delivered_text_len
     if num_new <= 0 and len_new <= 0 and output.finish_reason is None:
         return
     first = live.delivered_tokens == 0
@@ -387,8 +418,8 @@ def _deliver(live: LiveRequest, output: wire.Output, clock: Clock) -> None:
         live.timeline.has_token(clock.now_s())
     if num_new > 0:
         live.emitted.extend(output.token_ids[-num_new:])
-    live.delivered_tokens = max(live.delivered_tokens, output.num_output_tokens)
-    live.delivered_text_len = max(live.delivered_text_len, output.text_len)
+    live.delivered_tokens = max(live.delivered_tokens, num_tokens)
+    live.delivered_text_len = max(live.delivered_text_len, text_len)
     logprobs = output.logprobs
     live.stream.push(
         Delta(
@@ -416,7 +447,7 @@ def _trace(live: LiveRequest, now_s: float) -> Trace:
 
 def _error_of(fail: events.Fail) -> TinferError:
     if fail.cause == "queue-full":
-        return Overloaded(fail.message)
+        return Overloaded(fail.message, min(MAX_RETRY_AFTER_S, fail.retry_after_s))
     if fail.cause == "no-worker":
         return NoWorker(fail.message)
     return WorkerLost(fail.message)

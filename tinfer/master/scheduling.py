@@ -33,6 +33,8 @@ def scheduler_config(config: ServeConfig, costs: CostModel) -> SchedulerConfig:
         flip=config.flip,
         overflow_z=NormalDist().inv_cdf(1.0 - config.overflow_risk),
         max_num_queued_reqs=config.max_num_queued_reqs,
+        max_num_queued_tokens=config.max_num_queued_tokens,
+        max_request_restarts=config.max_request_restarts,
         costs=costs,
         seed=config.seed,
     )

@@ -127,5 +127,6 @@ class MasterService:
             "waiting": msgspec.to_builtins(self._dispatcher.waiting(NUM_WAITING_SHOWN)),
             "requests_by_phase": self._scheduler.ledger_snapshot().requests_by_phase,
             "num_finished": self._dispatcher.num_finished,
+            "num_restarts": self._dispatcher.num_restarts,
             "loop_lag": {"bounds_s": BOUNDS_S, "counts": self._lag.counts},
         }

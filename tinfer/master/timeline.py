@@ -27,14 +27,18 @@ class Timeline(Struct):
     first_token_s: float | None = None
     installed_s: float | None = None
     pull: wire.PullDone | None = None
+    num_starts: int = 0
 
     def started(self, kind: StartKind, worker_id: str, now_s: float) -> None:
-        """The request was sent to a worker."""
+        """The request was sent to a worker. Of one that begins again the workers are the last
+        ones, and its queue ended when it was first sent."""
         if kind != "prefill":
             self.decode_worker = worker_id
         if kind != "decode":
             self.route = "whole" if kind == "whole" else "split"
             self.prefill_worker = worker_id
+            self.num_starts += 1
+        if self.started_s is None:
             self.started_s = now_s
 
     def has_token(self, now_s: float) -> None:
@@ -78,6 +82,7 @@ class Timeline(Struct):
             recomputed=self.pull is not None and not self.pull.ok,
             decode_s=decode_s,
             tpot_s=None if decode_s is None or gaps < 1 else round(decode_s / gaps, NUM_DIGITS),
+            restarts=max(0, self.num_starts - 1),
             e2el_s=round(now_s - self.arrived_s, NUM_DIGITS),
         )
 

@@ -67,8 +67,9 @@ class HandoffDriver:
         prefill = wire.Start(request_id, "prefill", prompt, fixed_length(2))
         self._workers.send(self._owner, prefill)
         first = await self._prefilled()
+        first_token = first.token_ids[0].to_bytes(4, "little")
         decode = msgspec.structs.replace(
-            prefill, kind="decode", source=first.source, first_token=first.token_ids[0]
+            prefill, kind="decode", source=first.source, forced_tokens=first_token
         )
         ordered_s = self._workers.moment(self._reader).at_s
         self._workers.send(self._reader, decode)

@@ -42,9 +42,10 @@ class Source(Struct, frozen=True, forbid_unknown_fields=True):
 class Start(Struct, tag=True, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Compute a request: all of it (`whole`), its prefill, or its decode from a `source`.
 
-    `prompt` is little-endian int32 token ids: 20K ids encode and decode as one copy. For `decode`,
-    `first_token` is the token that the client already has and `cached_tokens` the prefill side's
-    prefix hit, carried for usage.
+    `prompt` is little-endian int32 token ids: 20K ids encode and decode as one copy. So are
+    `forced_tokens`: what the client has of the answer already and the prompt does not hold. They
+    are emitted first, one per step, as if they had been sampled; a prefill takes the first one.
+    `cached_tokens` of a `decode` is the prefill side's prefix hit, carried for usage.
     """
 
     request_id: str
@@ -52,7 +53,7 @@ class Start(Struct, tag=True, frozen=True, forbid_unknown_fields=True, omit_defa
     prompt: bytes
     sampling: SamplingSpec
     source: Source | None = None
-    first_token: int | None = None
+    forced_tokens: bytes = b""
     cached_tokens: int = 0
 
 
@@ -109,6 +110,10 @@ class Wake(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
     """Look at the lease table now: a reader has just marked one of its leases done."""
 
 
+class Ping(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
+    """Say that you are there: answered with `Pong` between two steps."""
+
+
 class Stop(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
     """Leave the loop, close everything and exit with code 0."""
 
@@ -123,6 +128,7 @@ ToWorker = (
     | PeerUp
     | PeerDown
     | Wake
+    | Ping
     | Stop
 )
 
@@ -269,6 +275,10 @@ class Idle(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
     stats: WorkerStats
 
 
+class Pong(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
+    """The answer to a `Ping`."""
+
+
 class Fault(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
     """The engine broke; the worker exits after this."""
 
@@ -285,6 +295,7 @@ ToMaster = (
     | LeasesOverdue
     | Aborted
     | Idle
+    | Pong
     | Fault
 )
 

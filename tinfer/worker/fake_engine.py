@@ -37,6 +37,7 @@ from tinfer.worker.fake_model import (
     Answer,
     FakeModel,
     FinishReason,
+    token_ids_of,
 )
 from tinfer.worker.fake_pull import PullResult, Pulls
 from tinfer.worker.fake_scheduler import FakeRequest, FakeScheduler, Scheduled
@@ -138,9 +139,8 @@ class FakeEngine:
             if start.source is not None:
                 self._pulls.mark_unused(start.source)
             raise
-        answer = Answer(
-            self._model, start.prompt, start.sampling, start.first_token, start.kind == "prefill"
-        )
+        forced = token_ids_of(start.forced_tokens)
+        answer = Answer(self._model, start.prompt, start.sampling, forced, start.kind == "prefill")
         request = FakeRequest(start, answer)
         self._offer(request, start.source)
         self._requests[start.request_id] = request
@@ -280,6 +280,10 @@ class FakeEngine:
         self._num_steps += 1
         if self._num_steps == self._settings.die_after_steps:
             log.warning("die_after_steps: ends in step %d", self._num_steps)
+            os._exit(EXIT_CHAOS)
+        poison = self._settings.poison_prompt_tokens
+        if poison is not None and any(one.prompt_tokens == poison for one, _ in scheduled):
+            log.warning("poison_prompt_tokens: ends in step %d", self._num_steps)
             os._exit(EXIT_CHAOS)
         cost_s = self._pace.step_s(scheduled.num_prompt_tokens, scheduled.num_decoding)
         if not cost_s:

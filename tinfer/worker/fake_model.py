@@ -109,13 +109,13 @@ class Answer:
     """One answer, token by token; `advance` leaves what the new token brought in the fields.
 
     `continues` is for the prefill of an answer that another worker continues: it ends with its
-    first token, and its text is that of an unfinished request. `first_token` is emitted first
-    whatever the model says. Ends and stop strings follow vLLM's order of checks.
+    first token, and its text is that of an unfinished request. The `forced` tokens are emitted
+    first, whatever the model says. Ends and stop strings follow vLLM's order of checks.
     """
 
     __slots__ = (
         "_context",
-        "_first_token",
+        "_forced",
         "_hold_back",
         "_late",
         "_masked",
@@ -137,13 +137,13 @@ class Answer:
         model: FakeModel,
         prompt: bytes,
         sampling: SamplingSpec,
-        first_token: int | None = None,
+        forced: Sequence[int] = (),
         continues: bool = False,
     ) -> None:
         self._model = model
         self._sampling = sampling
         self._context = Context(model, prompt, sampling.seed)
-        self._first_token = first_token
+        self._forced = forced
         self.continues = continues
         room = model.max_model_len - len(prompt) // TOKEN_BYTES
         self._max_tokens = 1 if continues else min(sampling.max_tokens, room)
@@ -195,8 +195,8 @@ class Answer:
         return token
 
     def _draw(self, noise: int) -> int:
-        if self._first_token is not None and self.num_tokens == 0:
-            return self._first_token
+        if self.num_tokens < len(self._forced):
+            return self._forced[self.num_tokens]
         size = self._model.vocab_size
         ends = noise >> 32 < self._model.eos_below
         token = EOS_TOKEN if ends else 1 + noise % (size - 1)

@@ -46,6 +46,7 @@ class FakeSettings(Struct, frozen=True, forbid_unknown_fields=True):
     fail_pull_rate: Share = 0.0  # pulls that fail although nothing is wrong
     refuse_prompt_tokens: Positive | None = None  # longer prompts are refused, as a client's fault
     die_after_steps: Positive | None = None  # the process ends in the middle of this computing step
+    poison_prompt_tokens: Positive | None = None  # and of one that computes a prompt of this length
 
     @property
     def longest(self) -> int:

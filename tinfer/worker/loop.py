@@ -21,6 +21,8 @@ from tinfer.wire.messages import (
     Idle,
     PeerDown,
     PeerUp,
+    Ping,
+    Pong,
     Refused,
     ReleaseLease,
     Resume,
@@ -104,6 +106,8 @@ class WorkerLoop:
                 self._engine.drop_peer(worker_id, generation)
             case Wake():
                 pass  # the step below looks at the lease table
+            case Ping():
+                self._send(Pong())
             case Stop():
                 self._stopping = True
             case _:

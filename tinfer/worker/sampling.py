@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from vllm import SamplingParams
 from vllm.logprobs import Logprob
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
@@ -17,22 +18,22 @@ from tinfer.worker.first_token import FORCED_TOKENS
 def sampling_params(start: Start, transfer: dict[str, Any] | None) -> SamplingParams:
     """vLLM's parameters for one phase of a request. Raises `ValueError` for what vLLM refuses.
 
-    A prefill samples one token of the request; a decode continues after the forced first one and
-    asks for no prompt logprobs, which the prefill side has reported. `transfer` goes to the
+    A prefill samples one token of the request; a decode continues after the forced ones. Where any
+    are forced no prompt logprobs are asked for: the client has them. `transfer` goes to the
     connector.
     """
     spec = start.sampling
     extra: dict[str, Any] = {}
     if transfer is not None:
         extra["kv_transfer_params"] = transfer
-    if start.first_token is not None:
-        extra[FORCED_TOKENS] = [start.first_token]
-    prefill, decode = start.kind == "prefill", start.kind == "decode"
+    if start.forced_tokens:
+        extra[FORCED_TOKENS] = np.frombuffer(start.forced_tokens, dtype="<i4").tolist()
+    prefill = start.kind == "prefill"
     return SamplingParams(
         n=1,
         max_tokens=1 if prefill else spec.max_tokens,
         min_tokens=min(1, spec.min_tokens) if prefill else spec.min_tokens,
-        prompt_logprobs=None if decode else spec.prompt_logprobs,
+        prompt_logprobs=None if start.forced_tokens else spec.prompt_logprobs,
         structured_outputs=_structured(spec.structured),
         extra_args=extra or None,
         output_kind=RequestOutputKind.DELTA,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tinfer.core.fleet import Fleet
 from tinfer.core.policies.interfaces import Placement, WorkerChoice
 from tinfer.core.requests import Request
 from tinfer.core.types import Route
+from tinfer.core.worker import Worker
 
 
 class SplitPlacer:
@@ -22,7 +25,7 @@ class SplitPlacer:
     ) -> Placement | None:
         if not fleet.split_sources:
             return self._otherwise.place(request, fleet, ahead_tokens, now_s)
-        candidates = [worker for worker in fleet.split_sources if worker.takes_prefill]
+        candidates = _open(fleet.split_sources, request)
         worker = self._choice.choose(request, candidates, now_s) if candidates else None
         return None if worker is None else Placement(Route.SPLIT, worker)
 
@@ -38,6 +41,10 @@ class WholePlacer:
     def place(
         self, request: Request, fleet: Fleet, ahead_tokens: int, now_s: float
     ) -> Placement | None:
-        candidates = [worker for worker in fleet.open_to_whole() if worker.takes_prefill]
+        candidates = _open(fleet.open_to_whole(), request)
         worker = self._choice.choose(request, candidates, now_s) if candidates else None
         return None if worker is None else Placement(Route.WHOLE, worker)
+
+
+def _open(workers: Sequence[Worker], request: Request) -> list[Worker]:
+    return [one for one in workers if one.takes_prefill and one.is_open_to(request)]
