@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn import functional
 
-from tinfer.tiny_model import files, tasks, train
+from tinfer.tiny_model import attention, files, tasks, train
 
 
 @pytest.fixture
@@ -60,3 +61,32 @@ def test_a_run_that_was_cut_off_goes_on_as_if_not(small: None, tmp_path: Path) -
     assert whole.keys() == cut.keys()
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     assert train.checkpoint_step(tmp_path / "cut" / "checkpoint.safetensors") == 6
+
+
+@pytest.mark.parametrize("num_tokens", [1, 127, 128, 129, 300])
+def test_its_attention_is_attention(num_tokens: int) -> None:
+    """The same values and gradients as torch's, with query heads that share a KV head, over one
+    block of queries, a full one, and several."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    inputs = query, key, value = [
+        torch.randn(2, heads, num_tokens, 32, generator=generator, requires_grad=True)
+        for heads in (8, 4, 4)
+    ]
+    ours = attention.causal_attention(query, key, value, scaling=32**-0.5)
+    theirs = functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, enable_gqa=True
+    )
+    assert ours.shape == theirs.shape
+    torch.testing.assert_close(ours, theirs)
+    weights = torch.randn(theirs.shape, generator=generator)
+    found, expected = (torch.autograd.grad((one * weights).sum(), inputs) for one in (ours, theirs))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_model_is_trained_with_it(small: None) -> None:
+    trainer = train.Trainer(1)
+    assert trainer.model.config._attn_implementation == attention.NAME
+    prompt = torch.tensor([[5, 9, 200, 31, 7]])
+    ours = trainer.model(input_ids=prompt).logits
+    trainer.model.config._attn_implementation = "sdpa"
+    torch.testing.assert_close(ours, trainer.model(input_ids=prompt).logits, rtol=1e-4, atol=1e-4)

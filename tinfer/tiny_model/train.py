@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tinfer.tiny_model import files, tasks
+from tinfer.tiny_model import attention, files, tasks
 from tinfer.tiny_model.words import SYSTEM_PROMPTS
 
 SEED = 20
@@ -144,6 +144,7 @@ class Trainer:
         self.num_steps = num_steps
         self.step = 0
         config = LlamaConfig(**{**files.model_config(), "torch_dtype": "float32"})
+        config._attn_implementation = attention.NAME
         self.model = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
         self.model.train()
         matrices: list[nn.Parameter] = []
