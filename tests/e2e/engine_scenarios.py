@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ import msgspec
 
 from tests.e2e.stepped_engine import BLOCK_TOKENS, Record, Stepped
 from tinfer.core.sampling import StructuredSpec
+from tinfer.worker.grammar_watch import GrammarWatch
 
 LONG, NEXT = 4096, 100
 NUM_SHORT = 6
@@ -206,7 +208,7 @@ def ending_lease(model_dir: str) -> Record:
 
 
 def shortest_first(model_dir: str) -> Record:
-    """Short prompts that come while a long one is computed, and one that no block is left for."""
+    """Short prompts that come while a long one is computed, and two that no block is left for."""
     engine = Stepped(model_dir, num_blocks=48, prefill_order="srpt")
     engine.budget(64)
     engine.start("long", prompt(LONG // 4, 1), max_tokens=3)
@@ -217,7 +219,37 @@ def shortest_first(model_dir: str) -> Record:
     engine.step(2)
     engine.note("full")
     engine.start("large", prompt(30 * BLOCK_TOKENS, 4), max_tokens=3)
+    engine.start("larger", prompt(31 * BLOCK_TOKENS, 5), max_tokens=3)
     engine.step(4)
+    engine.drain()
+    return engine.done()
+
+
+def slow_grammar(model_dir: str) -> Record:
+    """A grammar that takes too long, for a request with blocks to pull, beside an answer."""
+    engine = Stepped(model_dir, num_blocks=256)
+    scheduler: Any = engine.engine._scheduler
+    compiler, go_on = scheduler.structured_output_manager, threading.Event()
+    create = compiler._create_grammar
+
+    def create_late(request: Any) -> Any:
+        if request.request_id.startswith("slow"):
+            go_on.wait()
+        return create(request)
+
+    compiler._create_grammar = create_late
+    scheduler.grammar_watch = GrammarWatch(max_compile_s=0.1)
+    source = engine.prefill("held", prompt(100, 1))
+    regex = StructuredSpec(regex="[a-f]{40}")
+    engine.start("answer", prompt(20, 2), max_tokens=4000)
+    engine.decode("slow", prompt(100, 1), source, max_tokens=5, structured=regex)
+    engine.note("begun")
+    engine.until(lambda: "slow" in engine.record.refused)
+    engine.note("refused")
+    go_on.set()
+    engine.start("guided", prompt(20, 3), max_tokens=10, structured=regex)
+    engine.until(lambda: "guided" in engine.record.finished)
+    engine.engine.abort(["answer"])
     engine.drain()
     return engine.done()
 
@@ -234,4 +266,5 @@ SCENARIOS: dict[str, Callable[[str], Record]] = {
     "victim": victim,
     "open_lease": open_lease,
     "ending_lease": ending_lease,
+    "slow_grammar": slow_grammar,
 }

@@ -20,7 +20,7 @@ import msgspec
 
 from tinfer.core.sampling import SamplingSpec
 from tinfer.wire.control import WorkerSpec
-from tinfer.wire.messages import LeasesEnded, Output, PullDone, Source, Start
+from tinfer.wire.messages import LeasesEnded, Output, PullDone, Refused, Source, Start
 
 BLOCK_TOKENS = 32
 WORKER = "w"
@@ -68,6 +68,7 @@ class Record(msgspec.Struct):
     texts: dict[str, str] = {}
     finished: dict[str, str] = {}
     pulls: dict[str, bool] = {}
+    refused: dict[str, bool] = {}  # whether that is the client's fault
     num_ended_leases: int = 0
     stats: dict[str, float] = {}
     num_blocks: int = 0
@@ -233,6 +234,8 @@ class Stepped:
         for notice in self.engine.take_notices():
             if isinstance(notice, PullDone):
                 self.record.pulls[notice.request_id] = notice.ok
+            if isinstance(notice, Refused):
+                self.record.refused[notice.request_id] = notice.client_fault
             if isinstance(notice, LeasesEnded):
                 self.record.num_ended_leases += len(notice.leases)
         return not self.engine.was_idle_step() or not self.engine.has_requests()

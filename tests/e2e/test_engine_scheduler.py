@@ -19,6 +19,8 @@ import pytest
 from tests.e2e.engine_scenarios import ANSWER, KINDS, LONG, NEXT, NUM_SHORT, SCENARIOS
 from tests.e2e.stepped_engine import Record, StepRecord
 
+# All scenarios are run in the set-up of the first test.
+pytestmark = pytest.mark.timeout(300)
 MAX_TOKENS = 512  # of a step, see `Stepped`
 Records = Mapping[str, Record]
 PREEMPTED = ["preemption", "small_chunks", "elsewhere"]
@@ -99,7 +101,7 @@ def test_a_short_prompt_is_computed_in_the_next_step_beside_a_long_one(records: 
         "forty": 1,
         "long": 64,
     }
-    # One that waits for blocks keeps nobody from the budget.
+    # Those that wait for blocks keep nobody from the budget, not even by turns.
     for step in record.steps[record.notes["full"] :]:
         if "long" in step.pieces and step.pieces["long"].budgeted_tokens:
             left = LONG // 4 - step.pieces["long"].start
@@ -274,3 +276,16 @@ def test_blocks_that_come_back_with_this_step_are_waited_for(records: Records) -
     assert record.stats["num_preemptions"] == 0
     assert record.num_ended_leases == 1
     assert record.finished == {"whole-0": "length", "whole-1": "length"}
+
+
+def test_a_grammar_that_takes_too_long_holds_up_nobody(records: Records) -> None:
+    """Its request is refused, its lease ends, and the next one's grammar is compiled."""
+    record = records["slow_grammar"]
+    assert record.refused == {"slow": True}
+    assert "slow" not in record.answers
+    assert record.num_ended_leases == 1
+    meanwhile = record.steps[record.notes["begun"] : record.notes["refused"]]
+    assert len(meanwhile) >= 2
+    assert all("answer" in step.pieces for step in meanwhile)
+    assert record.finished["guided"] == "length"
+    assert re.fullmatch("[a-f]{10}", record.texts["guided"])

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.unit.fake_box import ROOMY, boxed
@@ -203,6 +203,23 @@ def test_a_short_prompt_that_lacks_blocks_keeps_nobody_from_the_budget() -> None
         stepper.drain()
 
 
+# Two prompts without room took turns at the tokens that one with its blocks had to get.
+TURNS = [
+    (28, 13, False),
+    (29, 1, False),
+    (1, 1, True),
+    (1, 1, False),
+    (1, 2, False),
+    (16, 15, True),
+    (28, 6, False),
+    (29, 1, False),
+    (1, 1, False),
+    (1, 1, False),
+    (13, 12, True),
+    (29, 1, True),
+]
+
+
 @st.composite
 def work(draw: st.DrawFn) -> list[tuple[int, int, bool]]:
     """Prompt tokens, answer tokens, and whether the prompt is pulled."""
@@ -219,6 +236,7 @@ def work(draw: st.DrawFn) -> list[tuple[int, int, bool]]:
     st.sampled_from(["fcfs", "srpt"]),
     st.integers(0, 1 << 32),
 )
+@example(TURNS, 16, 2, 13, "srpt", (1 << 32) - 1)
 def test_no_step_breaks_a_rule_whatever_the_budgets(
     requests: list[tuple[int, int, bool]],
     num_blocks: int,

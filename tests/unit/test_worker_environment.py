@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tinfer.config import load
+from tinfer.master.keys import VARIABLES
 from tinfer.master.zygote_link import _environment
 
 RUN = Path("/run/here")
@@ -36,3 +37,9 @@ def test_a_user_without_an_account_has_a_cache_too(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("os.getuid", lambda: 12345)
     kept = _environment(load({}), RUN)["TORCHINDUCTOR_CACHE_DIR"]
     assert kept == f"{tempfile.gettempdir()}/torchinductor_uid_12345"
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_workers_get_no_api_keys(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "sk-secret")
+    assert "sk-secret" not in _environment(load({}), RUN).values()

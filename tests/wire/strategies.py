@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 import typing
-from typing import Any, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
 import msgspec
 from hypothesis import strategies as st
@@ -25,6 +25,8 @@ _LEAVES: dict[Any, st.SearchStrategy[Any]] = {
 def values(hint: Any) -> st.SearchStrategy[Any]:
     """Any value of a type that messages use."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _bounded(*arguments)
     if origin is Literal:
         return st.sampled_from(arguments)
     if origin in (Union, types.UnionType):
@@ -40,10 +42,17 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
     return _LEAVES[hint]
 
 
+def _bounded(kind: Any, meta: msgspec.Meta) -> st.SearchStrategy[Any]:
+    """Numbers within the bounds that the wire holds them to."""
+    if kind is int:
+        return st.integers(meta.ge, 2**64 - 1 if meta.le is None else int(meta.le))  # type: ignore[arg-type]
+    return st.floats(meta.ge, meta.le)
+
+
 @functools.cache
 def instances(kind: type[Struct]) -> st.SearchStrategy[Any]:
     """Any instance of a struct; fields with a default are sometimes left out."""
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     required: dict[str, st.SearchStrategy[Any]] = {}
     optional: dict[str, st.SearchStrategy[Any]] = {}
     for field in msgspec.structs.fields(kind):

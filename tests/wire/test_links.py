@@ -80,6 +80,7 @@ def test_an_identity_names_its_incarnation(worker_id: str, generation: int) -> N
 @given(st.binary(max_size=20))
 @example(b"w. 1")
 @example(b"w.+1")
+@example(b"w.-1")
 @example(b"w.1_0")
 @example(b"w.01")
 @example("w.\u0661".encode())
@@ -92,7 +93,7 @@ def test_anything_else_names_none(identity: bytes) -> None:
         incarnation = incarnation_of(identity)
     except ValueError:
         return
-    assert incarnation.worker_id
+    assert incarnation.worker_id and incarnation.generation >= 0
     assert incarnation.identity == identity
 
 

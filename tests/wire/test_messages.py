@@ -111,10 +111,11 @@ def test_other_msgpack_is_an_error(body: Any) -> None:
 
 
 def test_deep_nesting_is_an_error() -> None:
-    for start in (b"\x91", b"\x81\xa4type"):
-        for decode in (decode_to_worker, decode_to_master):
-            with pytest.raises(msgspec.DecodeError):
-                decode(start * 100_000)
+    for start in (b"", b"\x81\xa1x"):  # the second: in a field that no message has
+        for deeper in (b"\x91", b"\x81\xa4type"):
+            for decode in (decode_to_worker, decode_to_master):
+                with pytest.raises(msgspec.DecodeError):
+                    decode(start + deeper * 100_000)
 
 
 def test_prompts_are_little_endian_int32() -> None:

@@ -6,12 +6,18 @@ reports how each one ended; it never opens a network socket and never imports th
 
 from __future__ import annotations
 
+import logging
 import socket
 import struct
+from pathlib import Path
 from typing import Literal
 
 import msgspec
 from msgspec import Struct
+
+from tinfer.wire.messages import checked, shown
+
+log = logging.getLogger(__name__)
 
 _LENGTH = struct.Struct("<I")
 MAX_FRAME_BYTES = 1 << 20
@@ -87,37 +93,41 @@ def pack(message: Control) -> bytes:
 
 
 class FrameReader:
-    """Cuts a byte stream into messages, however the bytes arrive."""
+    """Cuts a byte stream into messages, however the bytes arrive; holds one frame at most."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[Control]:
-        """Messages completed by `data`. Raises `ValueError` for a frame over the limit, after which
-        nothing more can be read, and `msgspec.DecodeError` for one that is not a `Control`, which
-        is dropped."""
+        """Messages completed by `data`; a frame that is no `Control` is logged and dropped.
+
+        Raises `ValueError` for a frame over the limit: where the next one begins is not known, so
+        the stream is of no use any more, and is to be closed.
+        """
         self._buffer += data
         messages: list[Control] = []
         while len(self._buffer) >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(self._buffer)
             if length > MAX_FRAME_BYTES:
+                self._buffer.clear()
                 raise ValueError(f"control frame of {length} bytes")
             end = _LENGTH.size + length
             if len(self._buffer) < end:
                 break
             body = bytes(self._buffer[_LENGTH.size : end])
             del self._buffer[:end]
-            messages.append(_decode(body))
+            try:
+                messages.append(checked(_DECODER, body))
+            except msgspec.DecodeError as error:
+                log.warning("control frame dropped: %s", shown(error))
         return messages
-
-
-def _decode(body: bytes) -> Control:
-    try:
-        return _DECODER.decode(body)
-    except UnicodeDecodeError as error:  # msgspec lets this one through
-        raise msgspec.DecodeError(str(error)) from error
 
 
 def send(sock: socket.socket, message: Control) -> None:
     """Write one whole frame to a blocking socket."""
     sock.sendall(pack(message))
+
+
+def unfinished(run_dir: Path) -> Path:
+    """What the master calls the run directory while it makes it, and the zygote removes as well."""
+    return run_dir.with_name(f".{run_dir.name}")

@@ -14,7 +14,14 @@ from typing import NamedTuple
 import msgspec
 import zmq
 
-from tinfer.wire.messages import ToMaster, ToWorker, decode_to_master, encode
+from tinfer.wire.messages import (
+    MAX_MESSAGE_BYTES,
+    ToMaster,
+    ToWorker,
+    decode_to_master,
+    encode,
+    shown,
+)
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +44,8 @@ def incarnation_of(identity: bytes) -> Incarnation:
     """The inverse of `Incarnation.identity`. Raises `ValueError` for anything else."""
     worker_id, _, generation = identity.decode().rpartition(".")
     incarnation = Incarnation(worker_id, int(generation))
-    if not worker_id or incarnation.identity != identity:  # int() also takes " 1", "+1" and "1_0"
+    # int() also takes " 1", "+1" and "1_0"
+    if not worker_id or incarnation.generation < 0 or incarnation.identity != identity:
         raise ValueError(f"{identity!r} is no incarnation's identity")
     return incarnation
 
@@ -53,6 +61,8 @@ class MasterLink:
         # Bounded by the number of requests in flight, which the scheduler bounds.
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
+        # The peer that claims more is disconnected before anything is set aside for it.
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.bind(f"ipc://{path}")
@@ -92,8 +102,8 @@ class MasterLink:
         try:
             identity, data = frames
             sender, message = incarnation_of(identity), decode_to_master(data)
-        except (ValueError, msgspec.DecodeError):
-            log.exception("message that is not for the master")
+        except (ValueError, msgspec.DecodeError) as error:
+            log.warning("message dropped, from %.64a: %s", frames[0], shown(error))
             return
         self._on_message(sender, message)
 

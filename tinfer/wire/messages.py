@@ -7,12 +7,16 @@ descriptors (`Export`, `Geometry`) belong to `worker/kv`; the master passes them
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from tinfer.core.sampling import SamplingSpec, TokenLogprobs
+
+# No message comes near it: an answer's logprobs for a prompt of a million tokens take half of it.
+MAX_MESSAGE_BYTES = 1 << 30
+_MAX_SHOWN_CHARS = 200
 
 
 class LeaseId(Struct, frozen=True, forbid_unknown_fields=True):
@@ -75,7 +79,7 @@ class SetBudget(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
     """From the next step on, compute at most so many prompt tokens per step, 0 for none; None: as
     many as a step takes. What decodes and what is pulled never waits for it."""
 
-    prefill_tokens: int | None
+    prefill_tokens: Annotated[int, Meta(ge=0)] | None
 
 
 class ReleaseLease(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
@@ -88,7 +92,7 @@ class ExtendLease(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
     """The reader lives: move the lease's deadline."""
 
     lease: LeaseId
-    extra_s: float
+    extra_s: Annotated[float, Meta(ge=0, le=1e9)]  # a NaN is neither
 
 
 class PeerUp(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
@@ -313,16 +317,28 @@ def encode(message: Struct) -> bytes:
 
 def decode_to_worker(data: Any) -> ToWorker:
     """A message for a worker. Raises `msgspec.DecodeError` for anything else."""
-    return _decode(_TO_WORKER, data)
+    return checked(_TO_WORKER, data)
 
 
 def decode_to_master(data: Any) -> ToMaster:
     """A message for the master. Raises `msgspec.DecodeError` for anything else."""
-    return _decode(_TO_MASTER, data)
+    return checked(_TO_MASTER, data)
 
 
-def _decode(decoder: msgspec.msgpack.Decoder[Message], data: Any) -> Message:
+def decode_opaque(kind: type[Message], data: Any) -> Message:
+    """What one worker wrote for another, `kind` of `worker/kv`. Raises `msgspec.DecodeError`."""
+    return checked(msgspec.msgpack.Decoder(kind), data)
+
+
+def shown(error: BaseException) -> str:
+    """An error of a decoder as one short line; it can quote what it has met."""
+    return ascii(str(error))[1:-1][:_MAX_SHOWN_CHARS]
+
+
+def checked(decoder: msgspec.msgpack.Decoder[Message], data: Any) -> Message:
+    """What a decoder makes of bytes. Raises `msgspec.DecodeError`, and nothing else."""
     try:
         return decoder.decode(data)
-    except UnicodeDecodeError as error:  # msgspec lets this one through
+    # msgspec lets these two through; the second comes of an unknown field that nests too deeply.
+    except (UnicodeDecodeError, RecursionError) as error:
         raise msgspec.DecodeError(str(error)) from error

@@ -16,12 +16,14 @@ from tinfer.wire.messages import (
     Output,
     PullDone,
     Ready,
+    Refused,
     Source,
     Start,
     WorkerStats,
 )
 
-Notice = PullDone | LeasesEnded | LeasesOverdue | Aborted
+# `Refused` of a request that was taken and then found to be too much.
+Notice = PullDone | LeasesEnded | LeasesOverdue | Aborted | Refused
 
 
 class EngineRefusal(Exception):

@@ -19,6 +19,7 @@ from tinfer.wire.messages import (
     LeaseId,
     Output,
     Ready,
+    Refused,
     Source,
     Start,
     WorkerStats,
@@ -27,6 +28,7 @@ from tinfer.worker.adapter import EngineRefusal, Notice, Report
 from tinfer.worker.connector import TinferConnector
 from tinfer.worker.engine_build import build_engine
 from tinfer.worker.engine_scheduler import EngineScheduler
+from tinfer.worker.grammar_watch import MAX_COMPILE_S
 from tinfer.worker.handoff_scheduler import SchedulerSide
 from tinfer.worker.kv_format import published_format
 from tinfer.worker.ranks.executor import RankExecutor
@@ -65,6 +67,7 @@ class VllmEngine:
         self._handoff: SchedulerSide = connector.scheduler_side
         self._running: dict[str, _Running] = {}
         self._aborted: list[str] = []
+        self._refusals: list[Refused] = []
         self._num_steps = 0
         self._busy_s = 0.0
         self._emitted = False
@@ -153,12 +156,20 @@ class VllmEngine:
         except RuntimeError:
             self._check_ranks()  # their death says more than what vLLM makes of it
             raise
+        self._refuse_slow_grammars()
         outputs = [output for result in results if (output := self._output(result)) is not None]
         self._emitted = bool(outputs) or self._handoff.has_notices()
         if self._scheduler.num_scheduled_tokens:
             self._num_steps += 1
             self._busy_s += time.monotonic() - started_s
         return outputs
+
+    def _refuse_slow_grammars(self) -> None:
+        for request_id in self._scheduler.take_slow_grammars():
+            if self._running.pop(request_id, None) is not None:
+                self._llm.abort_request([request_id])
+                message = f"its grammar takes longer than {MAX_COMPILE_S:g} s to compile"
+                self._refusals.append(Refused(request_id, message, client_fault=True))
 
     def take_report(self) -> Report:
         return self._scheduler.take_report()
@@ -230,6 +241,8 @@ class VllmEngine:
 
     def take_notices(self) -> list[Notice]:
         notices = self._handoff.take_notices(self.stats)
+        notices += self._refusals
+        self._refusals = []
         if self._aborted:
             notices.append(Aborted(self._aborted))
             self._aborted = []

@@ -15,12 +15,15 @@ never waits for one.
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Literal
 
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from tinfer.worker.adapter import Report
+from tinfer.worker.grammar_watch import GrammarWatch
 from tinfer.worker.handoff_scheduler import external_id
 
 if TYPE_CHECKING:
@@ -38,11 +41,14 @@ class EngineScheduler(Scheduler):
         self._shortest_first = False
         # With the shortest first: what each unfinished prompt gets of this step.
         self._grants: dict[str, int] = {}
-        self._turned_away: set[str] = set()
+        # Free blocks and requests running when each was granted tokens and did not get in.
+        self._turned_away: dict[str, tuple[int, int]] = {}
         self._progress: list[tuple[str, int]] = []
         self._preempted: list[str] = []
         # Preempted, and not told how to go on; they wait with vLLM's others, which are passed over.
         self._parked: dict[str, Request] = {}
+        self.grammar_watch = GrammarWatch()
+        self._slow_grammars: list[str] = []
         # Of the last step; for the caller to reset, since an engine without requests runs none.
         self.num_scheduled_tokens = 0
         self.counts = dict.fromkeys(
@@ -75,6 +81,11 @@ class EngineScheduler(Scheduler):
         self._progress, self._preempted = [], []
         return report
 
+    def take_slow_grammars(self) -> list[str]:
+        """External ids of requests that wait for a grammar whose compilation takes too long."""
+        slow, self._slow_grammars = self._slow_grammars, []
+        return slow
+
     # --- vLLM's hooks -------------------------------------------------------------------------
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
@@ -85,8 +96,7 @@ class EngineScheduler(Scheduler):
             self._grants = self._granted()
         scheduled = super().schedule(throttle_prefills)
         if self._shortest_first:
-            waiting = {request.request_id for request in self.waiting}
-            self._turned_away = waiting & {rid for rid, num in self._grants.items() if num}
+            self._note_turned_away()
         self._count(scheduled)
         return scheduled
 
@@ -115,6 +125,7 @@ class EngineScheduler(Scheduler):
         if self._parked and external_id(request.request_id) in self._parked:
             return False
         if not super()._handle_blocked_waiting_request(request):
+            self._watch_grammar(request)
             return False
         if _starts_pull(request) or _needs_one_token(request, request.num_computed_tokens):
             return True
@@ -133,6 +144,12 @@ class EngineScheduler(Scheduler):
         self._parked.pop(external_id(request.request_id), None)
         return super()._free_request(request, *args, **kwargs)
 
+    def _watch_grammar(self, request: Request) -> None:
+        wanted = request.structured_output_request
+        work = None if wanted is None else wanted._grammar
+        if isinstance(work, Future) and self.grammar_watch.is_too_slow(work, time.monotonic()):
+            self._slow_grammars.append(external_id(request.request_id))
+
     # --- inside -------------------------------------------------------------------------------
 
     def _prefill_room_tokens(self) -> int:
@@ -148,14 +165,15 @@ class EngineScheduler(Scheduler):
     def _granted(self) -> dict[str, int]:
         """The step's prompt tokens by request, the one with the fewest left first.
 
-        A waiting prompt that was granted tokens in the last step and still waits lacks blocks or a
-        seat: nothing is kept for it that those that run could use.
+        A waiting prompt that was granted tokens before and did not get in lacks blocks or a seat:
+        until there are more of them nothing is kept for it that those that run could use. Two of
+        those taking turns would starve one that runs, and has the blocks.
         """
         prompts = [r for r in self.running if not _needs_one_token(r, r.num_computed_tokens)]
         parked = self._parked.values()
         waiting = [r for r in self.waiting if not _starts_pull(r) and r not in parked]
-        late = [r for r in waiting if r.request_id in self._turned_away]
-        prompts += [r for r in waiting if r.request_id not in self._turned_away]
+        late = [r for r in waiting if self._is_turned_away(r.request_id)]
+        prompts += [r for r in waiting if r not in late]
         prompts.sort(key=_left_tokens)
         left_tokens = self._prefill_left_tokens
         grants = {}
@@ -164,6 +182,28 @@ class EngineScheduler(Scheduler):
             grants[request.request_id] = num_tokens
             left_tokens -= num_tokens
         return grants
+
+    def _note_turned_away(self) -> None:
+        room, before = self._room(), self._turned_away
+        self._turned_away = {}
+        for request in self.waiting:
+            rid = request.request_id
+            if self._grants.get(rid):
+                self._turned_away[rid] = room
+            elif rid in before:
+                self._turned_away[rid] = before[rid]
+
+    def _is_turned_away(self, request_id: str) -> bool:
+        """Whether what it lacked when it was turned away is still not there."""
+        then = self._turned_away.get(request_id)
+        if then is None:
+            return False
+        num_free, num_running = self._room()
+        return num_free <= then[0] and num_running >= then[1]
+
+    def _room(self) -> tuple[int, int]:
+        num_free: int = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        return num_free, len(self.running)
 
     def _is_pulled(self, request: Request) -> bool:
         return (

@@ -183,6 +183,9 @@ class FakeEngine:
                 f"{prompt_tokens} prompt tokens are more than refuse_prompt_tokens {limit}",
                 client_fault=True,
             )
+        if len(start.forced_tokens) % TOKEN_BYTES:
+            message = f"forced tokens of {len(start.forced_tokens)} bytes"
+            raise EngineRefusal(message, client_fault=False)
         if start.sampling.max_tokens < 1:
             raise EngineRefusal("max_tokens must be at least 1", client_fault=True)
 

@@ -9,6 +9,7 @@ ended.
 from __future__ import annotations
 
 import contextlib
+import logging
 import mmap
 import random
 import time
@@ -18,7 +19,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from tinfer.wire.messages import Source
+from tinfer.wire.messages import Source, decode_opaque, shown
 from tinfer.worker.fake_kv import FakeBlocks, FakeExport, FakeKV
 from tinfer.worker.fake_model import DIGEST_BYTES
 from tinfer.worker.fake_settings import FakeSettings
@@ -26,6 +27,8 @@ from tinfer.worker.fake_timer import AlarmFd, Pace
 from tinfer.worker.kv.errors import GeometryMismatch, KVError, PeerGone
 from tinfer.worker.kv.lease import LeaseRef, LeaseTable, LeaseView
 from tinfer.worker.kv.shm import attach_mmap, close_mmap
+
+log = logging.getLogger(__name__)
 
 Owner = TypeVar("Owner")
 
@@ -136,10 +139,17 @@ class Pulls(Generic[Owner]):
         return len(self._dropped)
 
     def add_peer(self, worker_id: str, generation: int, export: bytes) -> None:
-        """Make a peer known; an older generation of the same worker is dropped."""
+        """Make a peer known; an older generation of the same worker is dropped.
+
+        One whose export cannot be read stays unknown, and pulls from it fail.
+        """
         for known in [k for k in self._peers if k[0] == worker_id and k[1] <= generation]:
             self.drop_peer(*known)
-        decoded = msgspec.msgpack.decode(export, type=FakeExport)
+        try:
+            decoded = decode_opaque(FakeExport, export)
+        except msgspec.DecodeError as error:
+            log.warning("export of %.64a dropped: %s", worker_id, shown(error))
+            return
         self._peers[worker_id, generation] = FakePeer(f"{worker_id}.{generation}", decoded)
 
     def drop_peer(self, worker_id: str, generation: int) -> None:
@@ -168,7 +178,11 @@ class Pulls(Generic[Owner]):
     def submit(self, owner: Owner, source: Source, blocks: list[int], digests: list[bytes]) -> None:
         """Fill `blocks`, which must come to hold `digests`, from the first blocks of a source."""
         peer = self._peers.get((source.worker_id, source.worker_generation))
-        offered = msgspec.msgpack.decode(source.blocks, type=FakeBlocks).blocks
+        try:
+            offered = decode_opaque(FakeBlocks, source.blocks).blocks
+        except msgspec.DecodeError as error:
+            log.warning("blocks of %.64a dropped: %s", source.worker_id, shown(error))
+            offered = []
         # Fewer offered than wanted shows as blocks that do not hold what they should.
         pairs = list(zip(offered, blocks, strict=False))
         if peer is not None:

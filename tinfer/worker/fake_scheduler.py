@@ -123,7 +123,8 @@ class FakeScheduler:
         self._block_tokens = block_tokens
         self._limits = limits
         self._shortest_first = prefill_order == "srpt"
-        self._turned_away: set[FakeRequest] = set()
+        # Blocks in use and requests running when each was granted tokens and did not get in.
+        self._turned_away: dict[FakeRequest, tuple[int, int]] = {}
         self.parked: dict[str, FakeRequest] = {}
         self.running: list[FakeRequest] = []
         self.waiting: deque[FakeRequest] = deque()
@@ -177,7 +178,12 @@ class FakeScheduler:
             self._admit(self.ready, step)
             pulls = self._admit(self.waiting, step)
         if step.grants is not None:
-            self._turned_away = {one for one in self.waiting if step.grants.get(one)}
+            taken = self._taken()
+            self._turned_away = {
+                one: taken if step.grants.get(one) else self._turned_away[one]
+                for one in self.waiting
+                if step.grants.get(one) or one in self._turned_away
+            }
         return step, pulls
 
     def computed(self, request: FakeRequest, end: int) -> None:
@@ -197,15 +203,26 @@ class FakeScheduler:
 
     def _granted(self, left_tokens: int) -> dict[FakeRequest, int]:
         """The step's prompt tokens by request, the one with the fewest left first; but who was
-        granted some in the last step and still waits lacks blocks or a seat, and comes last."""
+        granted some before and did not get in lacks blocks or a seat, and comes last until there
+        are more of them. Two of those taking turns would starve one that runs, and has them."""
         waiting = [one for one in (*self.ready, *self.waiting) if one.source is None]
         prompts = [one for one in (*self.running, *waiting) if not one.needs_one_token]
-        prompts.sort(key=lambda one: (one in self._turned_away, one.num_left, one.number))
+        prompts.sort(key=lambda one: (self._is_turned_away(one), one.num_left, one.number))
         grants = {}
         for request in prompts:
             grants[request] = min(left_tokens, request.num_left)
             left_tokens -= grants[request]
         return grants
+
+    def _taken(self) -> tuple[int, int]:
+        return self._kv.num_used, len(self.running)
+
+    def _is_turned_away(self, request: FakeRequest) -> bool:
+        """Whether what it lacked when it was turned away is still not there."""
+        then = self._turned_away.get(request)
+        return then is not None and all(
+            now >= before for now, before in zip(self._taken(), then, strict=True)
+        )
 
     def _schedule_running(self, step: Scheduled) -> None:
         index = 0

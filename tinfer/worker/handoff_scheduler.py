@@ -7,10 +7,11 @@ travels through one step, and the row is invalidated before the blocks return to
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import msgspec
 from vllm.v1.request import RequestStatus
@@ -22,6 +23,8 @@ from tinfer.wire.messages import (
     PullDone,
     Source,
     WorkerStats,
+    decode_opaque,
+    shown,
 )
 from tinfer.worker.adapter import Notice
 from tinfer.worker.handoff_messages import ExportMetadata, HandoffMetadata, Peer, PullReport
@@ -37,6 +40,9 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
+
+
+log = logging.getLogger(__name__)
 
 
 class Summary(NamedTuple):
@@ -112,7 +118,13 @@ class SchedulerSide:
         return msgspec.msgpack.encode(published), self._summary
 
     def add_peer(self, worker_id: str, generation: int, export: bytes) -> None:
-        published = msgspec.msgpack.decode(export, type=PublishedExport)
+        """Have the ranks map a peer; one whose export cannot be read stays unknown to them, and
+        pulls from it fail."""
+        try:
+            published = decode_opaque(PublishedExport, export)
+        except msgspec.DecodeError as error:
+            log.warning("export of %.64a dropped: %s", worker_id, shown(error))
+            return
         self._next.peers_up.append(Peer(worker_id, generation, published.ranks, published.leases))
 
     def drop_peer(self, worker_id: str, generation: int) -> None:
@@ -121,8 +133,14 @@ class SchedulerSide:
     def transfer_params(self, source: Source) -> dict[str, Any]:
         """What a decode request carries to this connector through vLLM.
 
-        The key names are vLLM's: its scheduler counts fetches by them.
+        The key names are vLLM's: its scheduler counts fetches by them. A source whose blocks cannot
+        be read offers nothing.
         """
+        try:
+            decode_opaque(SourceBlocks, source.blocks)
+        except msgspec.DecodeError as error:
+            log.warning("blocks of %.64a dropped: %s", source.worker_id, shown(error))
+            source = msgspec.structs.replace(source, num_tokens=0, num_blocks=0)
         return {"do_remote_prefill": True, "source": source}
 
     def source_of(self, params: dict[str, Any] | None) -> Source | None:
@@ -195,10 +213,10 @@ class SchedulerSide:
         params["do_remote_prefill"] = False
         source: Source = params["source"]
         if num_external_tokens == 0:
-            # All of it is here already, or the source could not be staged and offers nothing.
+            # All of it is here already, or the source could not be staged or read: offers nothing.
             self.mark_unused(source)
             offered_any = source.num_tokens > 0
-            reason = "" if offered_any else "the staging pool was full; the prompt is computed here"
+            reason = "" if offered_any else "the source offers nothing; the prompt is computed here"
             whose = external_id(request.request_id)
             self._notices.append(PullDone(whose, offered_any, reason, 0, 0.0, 0.0))
             return
@@ -340,7 +358,7 @@ class SchedulerSide:
 class PublishedExport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The body of `Ready.export`: one encoded export per rank, and the lease table."""
 
-    ranks: list[bytes]
+    ranks: Annotated[list[bytes], msgspec.Meta(min_length=1)]
     leases: bytes
 
 

@@ -6,6 +6,7 @@ submits them and collects what has ended.
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransfe
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpecs
 
+from tinfer.wire.messages import decode_opaque, shown
 from tinfer.worker.handoff_messages import ExportMetadata, HandoffMetadata, Peer, PullReport
 from tinfer.worker.kv.geometry import Geometry, Region
 from tinfer.worker.kv.probe import build_transport
@@ -26,6 +28,9 @@ from tinfer.worker.wake import Waker
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
+
+
+log = logging.getLogger(__name__)
 
 
 class UnsupportedKVCache(ValueError):
@@ -113,7 +118,8 @@ class WorkerSide:
         """Carry out the scheduler side's orders; copies start, none is waited for."""
         puller = self._open_puller()
         for peer in orders.peers_up:
-            puller.add_peer(self._peer_info(peer))
+            if (info := self._peer_info(peer)) is not None:
+                puller.add_peer(info)
         for worker_id, generation in orders.peers_down:
             puller.drop_peer(worker_id, generation)
         for worker_id, generation, lease in orders.unused:
@@ -126,17 +132,23 @@ class WorkerSide:
             puller.submit(pull)
         self._ended = orders.ended
 
-    def _peer_info(self, peer: Peer) -> PeerInfo:
+    def _peer_info(self, peer: Peer) -> PeerInfo | None:
+        """None for a peer that published what cannot be read: pulls from it fail."""
         # A peer with fewer ranks has none of this number; any of them tells that the two differ,
         # and the puller refuses it for that.
         number = min(self._rank, len(peer.ranks) - 1)
-        rank = msgspec.msgpack.decode(peer.ranks[number], type=RankExport)
+        try:
+            rank = decode_opaque(RankExport, peer.ranks[number])
+            lease_table = decode_opaque(ShmDescriptor, peer.leases)
+        except msgspec.DecodeError as error:
+            log.warning("export of %.64a dropped: %s", peer.worker_id, shown(error))
+            return None
         return PeerInfo(
             worker_id=peer.worker_id,
             generation=peer.generation,
             export=rank.export,
             geometry=rank.geometry,
-            lease_table=msgspec.msgpack.decode(peer.leases, type=ShmDescriptor),
+            lease_table=lease_table,
         )
 
     def transfer_results(self) -> KVConnectorTransferResults:

@@ -35,6 +35,7 @@ from tinfer.wire.messages import (
     Wake,
     decode_to_worker,
     encode,
+    shown,
 )
 from tinfer.worker.adapter import Engine, EngineRefusal
 
@@ -81,8 +82,8 @@ class WorkerLoop:
                 data = self._socket.recv(zmq.NOBLOCK)
                 try:
                     message = decode_to_worker(data)
-                except msgspec.DecodeError:
-                    log.exception("message that is not for a worker")
+                except msgspec.DecodeError as error:
+                    log.warning("message dropped: %s", shown(error))
                     continue
                 self._handle(message)
 

@@ -19,7 +19,14 @@ from typing import NoReturn
 import zmq
 
 from tinfer.wire.control import WorkerSpec
-from tinfer.wire.messages import CannotStart, Fault, Ready, ToMaster, encode
+from tinfer.wire.messages import (
+    MAX_MESSAGE_BYTES,
+    CannotStart,
+    Fault,
+    Ready,
+    ToMaster,
+    encode,
+)
 from tinfer.worker.adapter import Engine
 from tinfer.worker.loop import WorkerLoop
 
@@ -91,6 +98,7 @@ def _connect(socket: zmq.Socket[bytes], spec: WorkerSpec) -> None:
     socket.setsockopt(zmq.IDENTITY, f"{spec.worker_id}.{spec.generation}".encode())
     socket.setsockopt(zmq.SNDHWM, 0)  # bounded by the requests in flight, which the master bounds
     socket.setsockopt(zmq.RCVHWM, 0)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
     socket.connect(f"ipc://{spec.socket_path}")
 
 

@@ -6,7 +6,8 @@ that is checked before each fork, and where it does not hold the worker is spawn
 
 The zygote also outlives the workers. It ends what a dead worker leaves behind, its ranks and the
 names of their shared memory. When the master is gone it waits for the workers, ends those that do
-not end by themselves, and removes the run directory last.
+not end by themselves, and removes the run directory last, and the Unix socket of a server that was
+killed.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from tinfer.unix_socket import remove_dead
 from tinfer.wire.control import (
     Control,
     Exited,
@@ -51,12 +53,18 @@ class Zygote:
     """The single-threaded loop: fork on order, reap, report, and clean up at the end."""
 
     def __init__(
-        self, control: socket.socket, lifeline: int, run_dir: Path, engine: Literal["vllm", "fake"]
+        self,
+        control: socket.socket,
+        lifeline: int,
+        run_dir: Path,
+        engine: Literal["vllm", "fake"],
+        uds: str | None,
     ) -> None:
         self._control = control
         self._lifeline = lifeline
         self._run_dir = run_dir
         self._engine = engine
+        self._uds = uds
         self._children: set[int] = set()
         self._frames = FrameReader()
         self._child_read, self._child_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -78,7 +86,12 @@ class Zygote:
         while self._serve_once():
             pass
         self._end_children()
+        self._forget_all()
+
+    def _forget_all(self) -> None:
         forget_all(self._run_dir)
+        if self._uds is not None:
+            remove_dead(self._uds)
 
     def _let_lifeline_interrupt(self) -> None:
         """The imports take seconds in which nothing can select: a master that dies or gives up
@@ -91,7 +104,7 @@ class Zygote:
             self._abandon()
 
     def _abandon(self) -> None:
-        forget_all(self._run_dir)
+        self._forget_all()
         os._exit(0)
 
     def _serve_once(self) -> bool:
@@ -104,13 +117,21 @@ class Zygote:
         if self._lifeline in readable:
             return False
         if self._control in readable:
-            data = self._control.recv(_RECV_BYTES)
+            data = self._heard()
             if not data:
                 return False
             for message in self._frames.feed(data):
                 if isinstance(message, Fork):
                     self._start(message.spec)
         return True
+
+    def _heard(self) -> bytes:
+        """What the master has sent; nothing once it is gone. One that dies before it has read all
+        reports resets the connection, maybe before the lifeline tells."""
+        try:
+            return self._control.recv(_RECV_BYTES)
+        except ConnectionResetError:
+            return b""
 
     def _start(self, spec: WorkerSpec) -> None:
         obstacle = _fork_obstacle()
@@ -224,6 +245,7 @@ def main() -> None:
     parser.add_argument("--control", type=int, help="descriptor of the control socket")
     parser.add_argument("--lifeline", type=int, required=True, help="pipe that the master holds")
     parser.add_argument("--run-dir", type=Path)
+    parser.add_argument("--uds", help="the server's own socket, which goes with it")
     parser.add_argument("--engine", choices=["vllm", "fake"], default="vllm")
     parser.add_argument("--spec", help="run this one worker instead (JSON)")
     arguments = parser.parse_args()
@@ -232,4 +254,4 @@ def main() -> None:
 
         run_worker(msgspec.json.decode(arguments.spec, type=WorkerSpec), arguments.lifeline)
     control = socket.socket(fileno=arguments.control)
-    Zygote(control, arguments.lifeline, arguments.run_dir, arguments.engine).run()
+    Zygote(control, arguments.lifeline, arguments.run_dir, arguments.engine, arguments.uds).run()

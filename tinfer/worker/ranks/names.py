@@ -16,6 +16,8 @@ from multiprocessing import process, resource_tracker, shared_memory
 from pathlib import Path
 from typing import Any
 
+from tinfer.wire.control import unfinished
+
 SHM = Path("/dev/shm")
 
 
@@ -61,6 +63,7 @@ def forget_worker(run_dir: Path, pid: int) -> None:
 
 
 def forget_all(run_dir: Path) -> None:
-    """Remove the run directory and every name of any worker of it."""
-    shutil.rmtree(run_dir, ignore_errors=True)
+    """Remove the run directory, also half made, and every name of any worker of it."""
+    for path in (unfinished(run_dir), run_dir):
+        shutil.rmtree(path, ignore_errors=True)
     unlink_names(f"{run_dir.name}.")
