@@ -33,8 +33,9 @@ from tinfer.core.events import (
     Stepped,
     WorkerFinished,
 )
-from tinfer.core.types import LeaseKey, Role
+from tinfer.core.types import LeaseKey, Role, Route
 
+Incarnation = tuple[str, int]
 Start = StartPrefill | StartReprefill | StartWhole | StartDecode
 
 
@@ -238,3 +239,40 @@ class Process:
 
     def _finish(self, rid: str, answered: bool, refused: bool = False) -> None:
         self.outbox.append(WorkerFinished(rid, self.id, self.generation, answered, refused))
+
+
+@dataclass(eq=False)
+class Book:
+    """What must be true of one accepted request, by the events and actions seen so far."""
+
+    seq: int
+    wish: Route
+    at: Incarnation | None = None
+    is_open: bool = True
+    is_started: bool = False
+    is_pulling: bool = False
+    outstanding_tokens: int = 0
+    prompt_tokens: int = 0
+    lease: LeaseKey | None = None
+    num_aborts: int = 0
+    max_output_tokens: int = 1
+    # It pulls for the first time: until that is over another worker may do it.
+    is_handed_over: bool = False
+    num_lost: int = 0
+    num_emitted: int = 0
+    # It was started before.
+    is_again: bool = False
+
+    def begin_again(self) -> None:
+        self.is_started, self.lease, self.is_again = False, None, True
+
+    def lose(self) -> None:
+        """Its worker is dead, and so is all that it had."""
+        self.leave()
+        self.begin_again()
+        self.num_aborts = 0
+        self.num_lost += 1
+
+    def leave(self) -> None:
+        """No worker computes it now."""
+        self.at, self.is_pulling, self.outstanding_tokens = None, False, 0

@@ -8,17 +8,18 @@ through, every account must be zero, and the event log must replay to the same a
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 
 import msgspec
 
-from tests.property.scheduler_model import Process, Row
+from tests.property.scheduler_model import Book, Incarnation, Process, Row
 from tests.unit.core_box import PLAIN
 from tinfer.core.events import (
     AbortOn,
     Action,
     Arrived,
     Cancelled,
+    DrainAsked,
+    Drained,
     Event,
     ExtendLease,
     Fail,
@@ -53,45 +54,6 @@ CAPACITY = Capacity(num_blocks=6, block_tokens=4, max_num_seqs=2, chunk_tokens=4
 CONFIG = SchedulerConfig(max_num_queued_reqs=4, **PLAIN)
 ROLES = {"P": Role.PREFILL, "D": Role.DECODE, "B": Role.BOTH}
 
-Incarnation = tuple[str, int]
-
-
-@dataclass(eq=False)
-class Book:
-    """What must be true of one accepted request, by the events and actions seen so far."""
-
-    seq: int
-    wish: Route
-    at: Incarnation | None = None
-    is_open: bool = True
-    is_started: bool = False
-    is_pulling: bool = False
-    outstanding_tokens: int = 0
-    prompt_tokens: int = 0
-    lease: LeaseKey | None = None
-    num_aborts: int = 0
-    max_output_tokens: int = 1
-    # It pulls for the first time: until that is over another worker may do it.
-    is_handed_over: bool = False
-    num_lost: int = 0
-    num_emitted: int = 0
-    # It was started before.
-    is_again: bool = False
-
-    def begin_again(self) -> None:
-        self.is_started, self.lease, self.is_again = False, None, True
-
-    def lose(self) -> None:
-        """Its worker is dead, and so is all that it had."""
-        self.leave()
-        self.begin_again()
-        self.num_aborts = 0
-        self.num_lost += 1
-
-    def leave(self) -> None:
-        """No worker computes it now."""
-        self.at, self.is_pulling, self.outstanding_tokens = None, False, 0
-
 
 class World:
     """A box of workers, its scheduler, and the books that check it after every event."""
@@ -109,6 +71,8 @@ class World:
         self.read: set[LeaseKey] = set()
         self.up: dict[str, int] = {}
         self.gone: set[str] = set()
+        self.draining: set[Incarnation] = set()
+        self.drained: set[Incarnation] = set()
         self.processes: list[Process] = []
         ups: list[Event] = []
         for i, letter in enumerate(fleet):
@@ -229,6 +193,13 @@ class World:
         process = self.processes[index % len(self.processes)]
         self.feed(RoleAsked(process.id, process.generation, role))
 
+    def drain(self, index: int) -> None:
+        """A person wants a worker out of service; one that has drained is stopped."""
+        process = self.processes[index % len(self.processes)]
+        if self.is_up(process.id, process.generation):
+            self.draining.add(self.name_of(process))
+        self.feed(DrainAsked(*self.name_of(process)))
+
     def down(self) -> list[Process]:
         """The last incarnation of every worker that was seen dead and may come back."""
         last = {p.id: p for p in self.processes}
@@ -334,12 +305,13 @@ class World:
                 book = self.books[rid]
                 assert book.is_open and book.is_started and book.at is None
                 assert key in self.held and key not in self.released
-                assert key.worker_id != worker_id
+                assert key.worker_id != worker_id and (worker_id, generation) not in self.draining
                 book.at, book.is_pulling = (worker_id, generation), True
                 book.is_handed_over = True
             case StartReprefill(prefill_id, rid, worker_id, generation):
                 book = self.books[rid]
                 assert book.is_open and book.at not in (None, (worker_id, generation))
+                assert (worker_id, generation) not in self.draining
                 self.again[prefill_id] = Book(
                     book.seq,
                     book.wish,
@@ -356,6 +328,8 @@ class World:
                     assert key.worker_id != worker_id
                     book.lease, book.is_pulling = key, True
                     book.is_handed_over = False
+            case Drained(worker_id, generation):
+                self.note_drained((worker_id, generation))
             case AbortOn(rid, worker_id, generation):
                 book = self.book(rid)
                 assert book.at == (worker_id, generation) and not book.num_aborts
@@ -370,8 +344,22 @@ class World:
             case ExtendLease(key):
                 assert key in self.held and key not in self.released | self.read
 
+    def note_drained(self, worker: Incarnation) -> None:
+        """Asked for, said once, and true: nothing is there, and nobody is to read from it."""
+        assert worker in self.draining - self.drained, f"{worker} was not to drain, or has"
+        self.drained.add(worker)
+        assert not any(book.at == worker for book in (*self.books.values(), *self.again.values()))
+        assert not any((key.worker_id, key.worker_generation) == worker for key in self.held)
+
+    def stop(self, worker_id: str, generation: int) -> None:
+        """The process of a worker that has drained ends, which is seen later."""
+        for process in self.processes:
+            if (process.id, process.generation) == (worker_id, generation) and process.is_alive:
+                process.die()
+
     def note_start(self, rid: str, at: Incarnation) -> None:
         book = self.books[rid]
+        assert at not in self.draining, f"{rid} started on {at}, which drains"
         assert book.is_open and not book.is_started
         if self.is_plain and not book.is_again:
             ahead = [b for b in self.books.values() if b.is_open and b.seq < book.seq]
@@ -386,6 +374,8 @@ class World:
         match action:
             case Fail() | RoleChanged() | RoleRefused():
                 return
+            case Drained(worker_id, generation):
+                return self.stop(worker_id, generation)
             case ReleaseLease(key) | ExtendLease(key):
                 target = (key.worker_id, key.worker_generation)
             case _:
@@ -451,10 +441,10 @@ class World:
 
     def run_to_quiescence(self) -> None:
         """Let every message through and all work end well; the dead come back, the gone do not."""
-        for process in self.processes:
-            if not process.is_alive and self.is_up(process.id, process.generation):
-                self.notice(process, 0)
         for _ in range(1000):
+            for process in self.processes:
+                if not process.is_alive and self.is_up(process.id, process.generation):
+                    self.notice(process, 0)
             for process in self.down():
                 self.restart(process)
             if not self.run_once():

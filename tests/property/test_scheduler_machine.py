@@ -72,6 +72,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.world is not None
         self.world.disturb(index, kind)
 
+    @rule(index=INDEX)
+    def drain(self, index: int) -> None:
+        assert self.world is not None
+        self.world.drain(index)
+
     def teardown(self) -> None:
         if self.world is not None:
             self.world.finish()
@@ -98,6 +103,8 @@ def walk(fleet: str, rng: random.Random, num_moves: int) -> None:
             world.cancel(rng.randrange(100))
         elif dice < 0.18:
             world.disturb(rng.randrange(100), rng.choice(DISTURB))
+        elif dice < 0.185:
+            world.drain(rng.randrange(100))
         else:
             world.work(rng.choice(WORK), rng.randrange(100), rng.choice(ENDS))
     world.finish()
@@ -127,9 +134,9 @@ def some_config(rng: random.Random) -> SchedulerConfig:
     )
 
 
-MOVES = ("arrive", "cancel", "disturb", "report", "ask role", "work")
-WILD = (15, 3, 3, 10, 2, 67)
-CALM = (4, 0.5, 0.3, 3, 0.2, 92)
+MOVES = ("arrive", "cancel", "disturb", "report", "ask role", "drain", "work")
+WILD = (15, 3, 3, 10, 2, 1, 66)
+CALM = (4, 0.5, 0.3, 3, 0.2, 0.1, 92)
 
 
 def walk_on(world: World, rng: random.Random, weights: Sequence[float], num: int) -> None:
@@ -147,6 +154,8 @@ def walk_on(world: World, rng: random.Random, weights: Sequence[float], num: int
             world.report(rng.randrange(100), rng.randint(1, 50))
         elif move == "ask role":
             world.ask_role(rng.randrange(100), rng.choice((Role.PREFILL, Role.DECODE)))
+        elif move == "drain":
+            world.drain(rng.randrange(100))
         else:
             world.work(rng.choice(WORK), rng.randrange(100), rng.choice(ENDS))
 
@@ -163,7 +172,7 @@ def test_whatever_decides_no_request_is_lost_and_no_account_stays_open(seed: int
 def test_what_lost_its_blocks_goes_on_wherever_they_are_computed_again() -> None:
     """And every word of a worker that crosses the answer, or a death, leaves nothing behind."""
     outcomes: Counter[str] = Counter()
-    for seed in range(30):
+    for seed in range(36):
         rng = random.Random(f"preemption {seed}")
         config = SchedulerConfig(route="split", preemption="elsewhere", max_num_queued_reqs=4)
         world = World(rng.choice(["PD", "PPDD", "PBD", "PPD"]), rng, config)

@@ -168,6 +168,20 @@ def test_coming_and_going_leaves_what_a_fresh_look_would_find(
     assert outlook.tokens_now == fresh.tokens_now
 
 
+def test_a_long_gap_is_passed_at_once() -> None:
+    residents: Given = [(100, (10.0, 1e6)), (300, (2e4, 5e5)), (7, (50.0,))]
+    end = 3 * BIN_STEPS * NUM_BINS + 5
+    slow, fast = outlook_of(residents), outlook_of(residents)
+    for step in range(0, end, BIN_STEPS):
+        slow.advance(step)
+    for outlook in (slow, fast):
+        outlook.advance(end)
+    assert fast.peak(1.64) == pytest.approx(slow.peak(1.64))
+    assert fast.tokens_now == slow.tokens_now
+    fast.advance(2**60)  # bin by bin it would take until the end of days
+    assert fast.peak(0.0).expected > 0.0
+
+
 def test_what_is_gone_is_not_remembered_until_its_end_would_have_come() -> None:
     """Predictions may be a hundred times longer than answers, and a worker is never empty."""
     outlook = outlook_of([(100, (1e6,)), (300, (5.0, 2e6))])

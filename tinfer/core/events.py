@@ -172,6 +172,14 @@ class RoleAsked(Struct, tag=True, frozen=True):
     role: Role
 
 
+class DrainAsked(Struct, tag=True, frozen=True):
+    """From now on nothing starts on that incarnation; answered by `Drained` once it is empty, which
+    may be at once. Its end follows, so there is no way back."""
+
+    worker_id: str
+    generation: int
+
+
 class Tick(Struct, tag=True, frozen=True):
     """Time has passed; lets policies that wait for time act."""
 
@@ -192,6 +200,7 @@ Event = (
     | LeaseEnded
     | LeaseOverdue
     | RoleAsked
+    | DrainAsked
     | Tick
 )
 
@@ -279,6 +288,13 @@ class RoleRefused(Struct, tag=True, frozen=True):
     reason: str
 
 
+class Drained(Struct, tag=True, frozen=True):
+    """Nothing computes there any more and nobody will read from it: it can be stopped."""
+
+    worker_id: str
+    generation: int
+
+
 class ReleaseLease(Struct, tag=True, frozen=True):
     """Tell the owner that no reader will come, or that it is dead."""
 
@@ -293,8 +309,9 @@ class ExtendLease(Struct, tag=True, frozen=True):
 
 class Fail(Struct, tag=True, frozen=True):
     """Answer the client with an error; `cause` is `worker-lost` (each of several workers died with
-    it), `no-worker` or `queue-full`. `retry_after_s` is when the queue will be half as long, at the
-    pace at which requests have lately left it; 0 where nothing is known of that."""
+    it), `no-worker`, `queue-full` or `slo` (it would be answered too late). `retry_after_s` is when
+    it would be taken: when the queue will be half as long, at the pace at which requests have
+    lately left it, or when it would be in time; 0 where nothing is known of that."""
 
     request_id: str
     cause: str
@@ -312,6 +329,7 @@ Action = (
     | SetBudget
     | RoleChanged
     | RoleRefused
+    | Drained
     | ReleaseLease
     | ExtendLease
     | Fail

@@ -54,7 +54,9 @@ def why_not_started(fleet: Fleet) -> str:
         return "no worker is up"
     busy = []
     for worker in fleet.workers:
-        if not worker.has_seat:
+        if worker.is_draining:
+            busy.append(f"{worker.id} drains to be stopped")
+        elif not worker.has_seat:
             busy.append(f"{worker.id} has no seat left")
         elif not worker.takes_prefill:
             busy.append(f"{worker.id} has {worker.outstanding_prefill_tokens} prompt tokens to do")

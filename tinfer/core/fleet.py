@@ -39,6 +39,8 @@ class Fleet:
         # Requests that wait for a first worker.
         self.num_queued = 0
         self.workers: list[Worker] = []
+        # Those of them on which something may start.
+        self.staying: list[Worker] = []
         self.split_sources: list[Worker] = []
         self._readers: dict[Role, list[Worker]] = {role: [] for role in Role}
         self._by_id: dict[str, Worker] = {}
@@ -132,23 +134,33 @@ class Fleet:
     def open_to_whole(self) -> list[Worker]:
         """All but those that a waiting hand-off could go to: it was first, and it holds memory."""
         if not self.waiting_sources:
-            return self.workers
+            return self.staying
         return [
             worker
-            for worker in self.workers
+            for worker in self.staying
             if not any(can_hand_off(source, worker.role) for source in self.waiting_sources)
         ]
 
     @property
     def num_taking(self) -> int:
         """Workers with a seat for one more request."""
-        return sum([len(one.requests) < one.capacity.max_num_seqs for one in self.workers])
+        return sum([one.has_seat for one in self.staying])
 
     def expects_reader(self, source: Role) -> bool:
-        """Whether such a worker is up or to come."""
-        if any(can_hand_off(source, role) for role in self._expected.values()):
+        """Whether such a worker is up or to come; one that drains may still do so for long."""
+        if self.readers(source):
             return True
-        return bool(self.readers(source))
+        leaving = {one.id for one in self.workers if one.is_draining}
+        return any(
+            can_hand_off(source, role)
+            for worker_id, role in self._expected.items()
+            if worker_id not in leaving
+        )
+
+    def begin_drain(self, worker: Worker) -> None:
+        """From now on nothing starts there."""
+        worker.is_draining = True
+        self._index()
 
     def begin_flip(self, worker: Worker, role: Role) -> None:
         """From now on nothing starts there that belongs to its role alone."""
@@ -181,7 +193,8 @@ class Fleet:
 
     def _index(self) -> None:
         self.workers = sorted(self._by_id.values(), key=lambda worker: worker.id)
-        staying = [worker for worker in self.workers if worker.flips_to is None]
+        self.staying = [worker for worker in self.workers if not worker.is_draining]
+        able = [worker for worker in self.staying if worker.flips_to is None]
         for source in Role:
-            self._readers[source] = [one for one in staying if can_hand_off(source, one.role)]
-        self.split_sources = [worker for worker in staying if self._readers[worker.role]]
+            self._readers[source] = [one for one in able if can_hand_off(source, one.role)]
+        self.split_sources = [worker for worker in able if self._readers[worker.role]]

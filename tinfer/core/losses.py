@@ -14,7 +14,7 @@ from tinfer.core import events as ev
 from tinfer.core.handoffs import Handoffs
 from tinfer.core.ledger import Lease, LeaseState, Ledger
 from tinfer.core.policies.orders import Fcfs
-from tinfer.core.requests import Request, RequestTable
+from tinfer.core.requests import Request, RequestTable, wish_of
 from tinfer.core.types import Phase, Route
 from tinfer.core.worker import Worker
 
@@ -91,7 +91,6 @@ class Losses:
         self._queue(request)
 
     def _queue(self, request: Request) -> None:
-        if request.wish is Route.SPLIT and request.max_output_tokens == 1:
-            request.wish = Route.WHOLE
+        request.wish = wish_of(request.wish, request.max_output_tokens)
         self._requests.move(request, Phase.QUEUED)
         self.queues[request.wish].add(request, 0.0)

@@ -186,7 +186,10 @@ class KvOutlook:
         self._variances[place] += sign * there * (1.0 - there) * held * held
 
     def _roll_to(self, step: int) -> None:
-        for step_bin in range(self._now // BIN_STEPS + 1, step // BIN_STEPS + 1):
+        first, end = self._now // BIN_STEPS + 1, step // BIN_STEPS + 1
+        # Over a gap that is longer than what is in sight, what comes into sight before the gap's
+        # last part is past again at its end.
+        for step_bin in range(max(first, end - NUM_BINS), end):
             self._roll(step_bin)
         self._now = max(self._now, step)
 

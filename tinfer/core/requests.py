@@ -94,6 +94,11 @@ class Request:
         self.__post_init__()
 
 
+def wish_of(wish: Route | None, max_output_tokens: int) -> Route | None:
+    """The route to ask for: one token is all prefill, so there is nothing to hand off."""
+    return Route.WHOLE if wish is Route.SPLIT and max_output_tokens == 1 else wish
+
+
 class RequestTable:
     """Every open request and every zombie by id, with the number of open ones per phase."""
 

@@ -11,7 +11,7 @@ are the ones that a race explains, and those are ignored.
 
 from __future__ import annotations
 
-from itertools import islice
+from itertools import chain, islice
 
 from tinfer.core import events as ev
 from tinfer.core import explain
@@ -26,7 +26,8 @@ from tinfer.core.policies.interfaces import Placement
 from tinfer.core.policies.orders import Fcfs
 from tinfer.core.policies.registry import build_policies
 from tinfer.core.preemption import Preemptions
-from tinfer.core.requests import Request, RequestTable
+from tinfer.core.promises import Promises, QueueView
+from tinfer.core.requests import Request, RequestTable, wish_of
 from tinfer.core.types import (
     LedgerSnapshot,
     Phase,
@@ -35,6 +36,7 @@ from tinfer.core.types import (
     WaitingSnapshot,
     WorkerSnapshot,
 )
+from tinfer.core.worker import Worker
 
 # How long what arrived counts as what is asked for.
 DEMAND_MEMORY_S = 30.0
@@ -62,7 +64,10 @@ class Scheduler:
         self._preemptions = Preemptions(
             self._policies.preemption, self._fleet, self._requests, self._ledger
         )
+        self._promises = Promises(config.slo_ttft_s, config.slo_tpot_s, self._fleet)
         self._flip_reasons: dict[str, str] = {}
+        # Those that were not said to be drained yet.
+        self._draining: dict[str, Worker] = {}
         self._num_arrived = 0
         self._actions: list[ev.Action] = []
 
@@ -79,7 +84,9 @@ class Scheduler:
             actions += self._handoffs.admit(now_s)
             self._start_queued(now_s)
             self._set_budgets()
+            self._promises.pace.look(self._fleet.num_queued, now_s)
             self._flip(now_s)
+            self._end_drains()
         return actions
 
     def request_phase(self, request_id: str) -> Phase | None:
@@ -135,6 +142,8 @@ class Scheduler:
                 self._lease_overdue(event)
             case ev.RoleAsked():
                 self._role_asked(event)
+            case ev.DrainAsked():
+                self._drain_asked(event)
             case ev.WorkerExpected():
                 self._fleet.expect(event.worker_id, event.role)
             case ev.WorkerUp():
@@ -155,9 +164,7 @@ class Scheduler:
             message = "too many requests are waiting"
             wait_s = self._half_a_queue_s(now_s)
             return self._actions.append(ev.Fail(event.request_id, "queue-full", message, wait_s))
-        wish = event.route or self._policies.wish
-        if wish is Route.SPLIT and event.max_output_tokens == 1:
-            wish = Route.WHOLE  # one token is all prefill: there is nothing to hand off
+        wish = wish_of(event.route or self._policies.wish, event.max_output_tokens)
         request = Request(
             id=event.request_id,
             prompt_tokens=event.prompt_tokens,
@@ -170,6 +177,9 @@ class Scheduler:
             ),
             block_hashes=event.block_hashes,
         )
+        refusal = self._promises.broken_by(request, self._queue_view(now_s))
+        if refusal is not None:
+            return self._actions.append(ev.Fail(request.id, "slo", *refusal))
         self._requests.add(request)
         num_new = min(worker.uncached_tokens(request) for worker in self._fleet.workers)
         self._demand.arrived(request, num_new, now_s)
@@ -186,6 +196,20 @@ class Scheduler:
         if limit_tokens is None or not num_queued:
             return False
         return self._requests.num_queued_tokens + prompt_tokens > limit_tokens
+
+    def _queue_view(self, now_s: float) -> QueueView:
+        if not self._promises.are_made:
+            return QueueView(0, 0, 0.0)
+        unanswered = chain(
+            *(queue.listed(now_s) for queue in self._queues.values()),
+            *(worker.prefilling.values() for worker in self._fleet.workers),
+        )
+        arrived = (one.arrived_s for one in unanswered if one.serves is None)
+        return QueueView(
+            self._num_queued(),
+            self._requests.num_queued_tokens,
+            now_s - min(arrived, default=now_s),
+        )
 
     def _half_a_queue_s(self, now_s: float) -> float:
         starts_per_s, _, _ = self._starts.rates(now_s)
@@ -291,6 +315,7 @@ class Scheduler:
         if worker is None:  # late, or it never came up
             return
         self._flip_reasons.pop(worker.id, None)
+        self._draining.pop(worker.id, None)
         left = {one.request_id: one for one in event.remainders}
         for lease in self._ledger.end_all_of(worker):
             if lease.state is LeaseState.WAITING and lease.request_id is not None:
@@ -335,6 +360,18 @@ class Scheduler:
             refused = ev.RoleRefused(event.worker_id, event.generation, str(why))
             return self._actions.append(refused)
         self._begin_flip(Flip(worker, event.role, "asked for"))
+
+    def _drain_asked(self, event: ev.DrainAsked) -> None:
+        worker = self._fleet.get(event.worker_id, event.generation)
+        if worker is not None and not worker.is_draining:
+            self._fleet.begin_drain(worker)
+            self._draining[worker.id] = worker
+
+    def _end_drains(self) -> None:
+        """Say once of each that it is empty; its death takes it out of the fleet."""
+        for worker in [one for one in self._draining.values() if one.is_idle]:
+            del self._draining[worker.id]
+            self._actions.append(ev.Drained(worker.id, worker.generation))
 
     # --- placement ---------------------------------------------------------------------------
 
@@ -382,6 +419,7 @@ class Scheduler:
         request.route = route
         num_new = worker.uncached_tokens(request)
         self._starts.arrived(request, num_new, now_s)
+        self._promises.pace.started(request.prompt_tokens)
         worker.place(request, prefill_tokens=num_new)
         worker.prefixes.use(request.block_hashes)
         self._requests.move(request, Phase.PREFILLING)

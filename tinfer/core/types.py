@@ -75,7 +75,8 @@ class SchedulerConfig(Struct, frozen=True, kw_only=True):
     `itl_slack` times longer for prompts, and as much again for every one that waits
     (`prefill_budget` "slack"). `overflow_z` is the standard deviations that `peak` leaves room for.
     `max_request_restarts` bounds how often in a row a request is begun again without a token more
-    than before. `seed` is of whatever draws at random.
+    than before. Requests whose predicted times miss `slo_ttft_s` or `slo_tpot_s` are refused.
+    `seed` is of whatever draws at random.
     """
 
     route: str = "auto"
@@ -95,6 +96,8 @@ class SchedulerConfig(Struct, frozen=True, kw_only=True):
     overflow_z: Annotated[float, Meta(ge=0)] = 0.52
     max_num_queued_reqs: Annotated[int, Meta(ge=1)] = 1024
     max_num_queued_tokens: Annotated[int, Meta(ge=1)] | None = None
+    slo_ttft_s: Annotated[float, Meta(gt=0)] | None = None
+    slo_tpot_s: Annotated[float, Meta(gt=0)] | None = None
     max_request_restarts: Annotated[int, Meta(ge=0)] = 3
     costs: CostModel = CostModel()
     seed: int = 0
@@ -113,6 +116,7 @@ class WorkerSnapshot(Struct, frozen=True, kw_only=True):
     generation: int
     role: Role
     flips_to: Role | None
+    is_draining: bool
     budget_tokens: int | None
     outstanding_prefill_tokens: int
     num_seqs: int

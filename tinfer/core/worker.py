@@ -62,6 +62,8 @@ class Worker:
     pace: float = 1.0
     # The role it takes once it has drained.
     flips_to: Role | None = None
+    # Nothing starts here any more: it is to be stopped once it is idle.
+    is_draining: bool = False
     # What `SetBudget` said last.
     budget_tokens: int | None = None
     prefixes: PrefixIndex = field(init=False)
@@ -103,7 +105,7 @@ class Worker:
 
     @property
     def has_seat(self) -> bool:
-        return self.num_seqs < self.capacity.max_num_seqs
+        return self.num_seqs < self.capacity.max_num_seqs and not self.is_draining
 
     def is_open_to(self, request: Request) -> bool:
         """False for a second prompt whose last worker died of it or of one beside it: they run one
@@ -289,12 +291,15 @@ class Worker:
 
     def prefill_s(self, tokens: int) -> float:
         """Seconds that so many prompt tokens take here, in steps with all that decodes here."""
-        return self.queued_s(tokens) + self.costs.prefill_context_s * tokens**2 / 2.0 * self.pace
+        return self._steps_s(tokens) + self.taken_s(tokens)
 
     def queued_s(self, tokens: int) -> float:
         """The same of several prompts, none of which looks back far."""
-        num_steps = -(-tokens // self.step_prefill_tokens)
-        return (num_steps * self.step_s + self.costs.prefill_token_s * tokens) * self.pace
+        return self._steps_s(tokens) + self.costs.prefill_token_s * tokens * self.pace
+
+    def _steps_s(self, tokens: int) -> float:
+        """The steps that so many prompt tokens need, without them."""
+        return -(-tokens // self.step_prefill_tokens) * self.step_s * self.pace
 
     def taken_s(self, tokens: int) -> float:
         """What a prompt of so many tokens takes from each that decodes here."""
@@ -382,6 +387,7 @@ class Worker:
             generation=self.generation,
             role=self.role,
             flips_to=self.flips_to,
+            is_draining=self.is_draining,
             budget_tokens=self.budget_tokens,
             outstanding_prefill_tokens=self.outstanding_prefill_tokens,
             num_seqs=self.num_seqs,

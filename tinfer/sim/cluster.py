@@ -167,6 +167,8 @@ class Cluster:
                 pass  # a label of the scheduler's own: engines know of no roles
             case ev.RoleRefused():
                 raise SimulationError("a role was refused, and nobody asks for one here")
+            case ev.Drained():
+                raise SimulationError("a worker has drained, and none is to be stopped here")
             case ev.ExtendLease():
                 raise SimulationError("a lease was extended, and no simulated lease runs out")
             case ev.Fail(rid, cause):

@@ -90,13 +90,17 @@ class AutoPlacer:
     def place(
         self, request: Request, fleet: Fleet, ahead_tokens: int, now_s: float
     ) -> Placement | None:
-        if not any(worker.takes(request) for worker in fleet.workers):
+        if not any(worker.takes(request) for worker in fleet.staying):
             return None
         ahead_tokens //= max(1, fleet.num_taking)
-        takers, others = self._prefill_shares(fleet, now_s)
-        following = FOLLOWING_PART * self._share_behind(request, now_s)
+        request_rate, prompt_rate, _ = self._demand.rates(now_s)
+        takers, others = prefill_shares(fleet, prompt_rate)
+        following = FOLLOWING_PART
+        if self._shortest_first:
+            lengths = request.prompt_tokens * request_rate / max(1.0, prompt_rate)
+            following *= math.exp(-LONGER * lengths)
         starts, decodes = {}, {}
-        for one in fleet.workers:
+        for one in fleet.staying:
             share = takers if one.role is Role.PREFILL else others
             load = min(FULL_LOAD, share)
             start = start_of(request, one, ahead_tokens)
@@ -104,7 +108,7 @@ class AutoPlacer:
             starts[one.id] += late_s(request, one, now_s - request.arrived_s + start.own_s)
             decodes[one.id] = decode_cost_s(request, one, min(FULL_SHARE, share))
         if request.max_output_tokens == 1:
-            worker = min(fleet.workers, key=lambda one: (starts[one.id], one.id))
+            worker = min(fleet.staying, key=lambda one: (starts[one.id], one.id))
             return Placement(Route.WHOLE, worker) if worker.takes(request) else None
         best = self._best_whole(request, fleet, starts, decodes, now_s)
         best = self._best_split(request, fleet, starts, decodes, best)
@@ -161,29 +165,22 @@ class AutoPlacer:
                     best = Way(cost_s, Placement(Route.SPLIT, source))
         return best
 
-    def _share_behind(self, request: Request, now_s: float) -> float:
-        """Of those who come after, how many will wait behind it."""
-        if not self._shortest_first:
-            return 1.0
-        request_rate, prompt_rate, _ = self._demand.rates(now_s)
-        return math.exp(-LONGER * request.prompt_tokens * request_rate / max(1.0, prompt_rate))
 
-    def _prefill_shares(self, fleet: Fleet, now_s: float) -> tuple[float, float]:
-        """What prompts will take of a prefill worker's time and of another's, if they gather on
-        prefill workers, or without any of those on all.
+def prefill_shares(fleet: Fleet, prompt_rate: float) -> tuple[float, float]:
+    """What prompts will take of a prefill worker's time and of another's, if they gather on
+    prefill workers, or without any of those on all.
 
-        What those cannot take, at `FULL_SHARE` of their time, the others share. More than 1 is more
-        than they have time for.
-        """
-        _, prompt_rate, _ = self._demand.rates(now_s)
-        takers = [one for one in fleet.workers if one.role is Role.PREFILL] or fleet.workers
-        num_takers, num_others = len(takers), len(fleet.workers) - len(takers)
-        wanted = sum([one.costs.prefill_token_s * one.pace for one in takers]) / num_takers
-        wanted *= prompt_rate
-        share = wanted / num_takers
-        if not num_others:
-            return share, share
-        return share, max(0.0, wanted - min(FULL_SHARE, share) * num_takers) / num_others
+    What those cannot take, at `FULL_SHARE` of their time, the others share. More than 1 is more
+    than they have time for.
+    """
+    takers = [one for one in fleet.staying if one.role is Role.PREFILL] or fleet.staying
+    num_takers, num_others = len(takers), len(fleet.staying) - len(takers)
+    wanted = sum([one.costs.prefill_token_s * one.pace for one in takers]) / num_takers
+    wanted *= prompt_rate
+    share = wanted / num_takers
+    if not num_others:
+        return share, share
+    return share, max(0.0, wanted - min(FULL_SHARE, share) * num_takers) / num_others
 
 
 def start_of(request: Request, worker: Worker, ahead_tokens: int = 0) -> Start:

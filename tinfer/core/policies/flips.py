@@ -51,7 +51,7 @@ class Watchdog:
                 self._busy_s[worker.id] = now_s
             else:
                 self._busy_s.setdefault(worker.id, now_s)
-        for worker in fleet.workers:
+        for worker in fleet.staying:
             idle_s = now_s - self._busy_s[worker.id]
             if idle_s < self._idle_s or not may_leave(worker, fleet):
                 continue
@@ -85,7 +85,7 @@ class Reactive:
         if now_s - self._looked_s < PASS_S:
             return None
         self._looked_s = now_s
-        able = [one for one in fleet.workers if one.role in (Role.PREFILL, Role.DECODE)]
+        able = [one for one in fleet.staying if one.role in (Role.PREFILL, Role.DECODE)]
         if len(able) < 3 or any(one.flips_to is not None for one in able):
             return None
         excess = self._excess(able, demand, now_s)
@@ -132,6 +132,8 @@ def why_not_flip(worker: Worker, role: Role, fleet: Fleet) -> str | None:
     """What keeps that worker from taking that role; None where nothing does."""
     if role not in (Role.PREFILL, Role.DECODE) or worker.role not in (Role.PREFILL, Role.DECODE):
         return "only prefill and decode workers change roles"
+    if worker.is_draining:
+        return "it drains to be stopped"
     if worker.flips_to is not None:
         return f"it drains to become a {worker.flips_to.value} worker"
     if worker.role is role:
@@ -147,5 +149,5 @@ def may_leave(worker: Worker, fleet: Fleet) -> bool:
         return False
     return any(
         one is not worker and one.role is worker.role and one.flips_to is None
-        for one in fleet.workers
+        for one in fleet.staying
     )
