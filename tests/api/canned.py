@@ -108,6 +108,7 @@ class CannedService:
         self.streams: list[CannedStream] = []
         self._arrivals: asyncio.Queue[CannedStream] = asyncio.Queue()
         self.health = (True, "ok")
+        self.left: list[tuple[str, float]] = []
 
     def submit(self, generation: Generation) -> Stream:
         index = len(self.streams)
@@ -142,6 +143,22 @@ class CannedService:
             raise InvalidRequest(f"there is no worker {worker_id!r}", param="worker")
         raise InvalidRequest(f"it is the only one that is no {role.value} worker", param="role")
 
+    def drain(self, worker_id: str, timeout_s: float) -> None:
+        """Takes any worker of one name."""
+        if worker_id != "decode-0":
+            raise InvalidRequest(f"there is no worker {worker_id!r}", param="worker")
+        self.left.append((worker_id, timeout_s))
+
+    restart = drain
+
     def all_released(self) -> bool:
         """Every stream was read to its end or cancelled."""
         return all(s.finished or s.cancelled.is_set() for s in self.streams)
+
+    async def forget(self) -> None:
+        """Keep nothing of what was asked so far, once every stream of it has been let go."""
+        for stream in self.streams:
+            await stream.cancelled.wait()
+        self.generations.clear()
+        self.streams.clear()
+        self._arrivals = asyncio.Queue()

@@ -10,9 +10,10 @@ from typing import Any
 import aiohttp
 import msgspec
 import pytest
-from aiohttp import web
 
 from tests.api.canned import CannedService, write_model_dir
+from tinfer.api.connection import connections
+from tinfer.api.limits import KEEP_ALIVE_S
 from tinfer.api.options import ApiOptions
 from tinfer.api.render import Renderer
 from tinfer.api.server import create_app, create_runner
@@ -32,6 +33,14 @@ class Server:
         """Status, JSON body and headers."""
         async with self.session.post(self.url + path, json=body) as response:
             return response.status, await response.json(), response.headers
+
+    async def raw(self, head: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A connection of its own on which these bytes were sent."""
+        host, _, port = self.url.removeprefix("http://").partition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(head.encode("latin-1"))
+        await writer.drain()
+        return reader, writer
 
     async def complete(self, **body: Any) -> Any:
         status, said, _ = await self.post("/v1/completions", **{"prompt": "ab", **body})
@@ -64,14 +73,18 @@ class Server:
 
 
 async def send(
-    server: Server, path: str, body: dict[str, Any], version: str = "HTTP/1.1"
+    server: Server,
+    path: str,
+    body: dict[str, Any],
+    version: str = "HTTP/1.1",
+    extra: bytes = b"",
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """POST on a connection of its own, for tests of what happens to it."""
+    """POST on a connection of its own, for tests of what happens to it; `extra`: more headers."""
     host, _, port = server.url.removeprefix("http://").partition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     data = msgspec.json.encode(body)
     head = f"POST {path} {version}\r\nHost: x\r\nContent-Type: application/json\r\n"
-    writer.write(head.encode() + b"Content-Length: %d\r\n\r\n" % len(data) + data)
+    writer.write(head.encode() + extra + b"Content-Length: %d\r\n\r\n" % len(data) + data)
     await writer.drain()
     return reader, writer
 
@@ -93,10 +106,11 @@ async def server(model_dir: Path, options: ApiOptions) -> AsyncIterator[Server]:
     renderer = await Renderer.load(model_dir)
     runner = create_runner(create_app(service, renderer, options), shutdown_timeout_s=1.0)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    host, port = runner.addresses[0][:2]
+    loop = asyncio.get_running_loop()
+    listening = await loop.create_server(connections(runner, KEEP_ALIVE_S), "127.0.0.1", 0)
+    host, port = listening.sockets[0].getsockname()
     async with aiohttp.ClientSession() as session:
         yield Server(f"http://{host}:{port}", service, session)
+    listening.close()
     await runner.cleanup()
     assert service.all_released()

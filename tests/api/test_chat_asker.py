@@ -12,10 +12,11 @@ import pytest
 from tests.api.canned import say
 from tests.api.conftest import Server
 from tests.api.test_trace import trace
+from tinfer.api.keys import ApiKeys
 from tinfer.chat.answer import Answer
 from tinfer.chat.asking import Asker, Wishes
 from tinfer.chat.conversation import Conversation, Turn
-from tinfer.client import ApiError, BadRequest, ConnectionFailed, StreamBroken
+from tinfer.client import ApiError, BadRequest, ConnectionFailed, StreamBroken, Unauthorized
 from tinfer.errors import EngineFailed, Overloaded
 
 
@@ -23,10 +24,10 @@ class Chat:
     """An asker of the canned server, with what it said and showed. The model takes 100 tokens, one
     per character; a message costs its role in brackets, and `<assistant>` ends the prompt."""
 
-    def __init__(self, url: str, **wishes: Any) -> None:
+    def __init__(self, url: str, api_key: str | None = None, **wishes: Any) -> None:
         self.notices: list[str] = []
         self.shown: list[str] = []
-        self.asker = Asker(url, Wishes(**wishes), self.notices.append)
+        self.asker = Asker(url, api_key, Wishes(**wishes), self.notices.append)
         self.conversation = Conversation()
 
     async def ask(self, question: str) -> Answer:
@@ -46,6 +47,14 @@ async def test_an_answer_with_its_figures(server: Server) -> None:
     (generation,) = server.service.generations
     assert (generation.sampling.max_tokens, generation.sampling.temperature) == (7, 0.5)
     assert [model.id for model in await chat.asker.models()] == ["tiny", "org/tiny"]
+
+
+@pytest.mark.parametrize("options", [{"api_keys": ApiKeys(["sk-key"])}], indirect=True)
+async def test_a_server_that_wants_a_key(server: Server) -> None:
+    assert (await Chat(server.url, "sk-key").ask("hi")).text == "Hello"
+    for key in (None, "sk-other"):
+        with pytest.raises(Unauthorized, match="API key"):
+            await Chat(server.url, key).ask("hi")
 
 
 async def test_a_cut_answer_knows_its_tokens_and_stops_the_server(server: Server) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.api.conftest import Server
+from tests.api.conftest import Server, send
 from tinfer.api.fields import IGNORED_HEADER
 
 COMPLETIONS = "/v1/completions"
@@ -37,6 +37,8 @@ ROLE = "/debug/role"
          "prompt_logprobs"),
         (COMPLETIONS, {"prompt": "a", "suffix": "b"}, 400, "suffix"),
         (COMPLETIONS, {"prompt": "a", "best_of": 2}, 400, "best_of"),
+        (COMPLETIONS, {"prompt": "a", "best_of": True}, 400, "best_of"),
+        (COMPLETIONS, {"prompt": "a", "use_beam_search": 0}, 400, "use_beam_search"),
         (CHATS, {}, 400, "messages"),
         (CHATS, {"messages": []}, 400, "messages"),
         (CHATS, {"messages": [{"role": "user", "content": "x" * 99}]}, 400, "messages"),
@@ -99,6 +101,17 @@ async def test_wrong_paths(server: Server, method: str, path: str, status: int, 
         error = (await response.json())["error"]
         assert (error["type"], error["code"]) == (kind, status)
         assert ("Allow" in response.headers) == (status == 405)
+
+
+async def test_an_id_that_is_no_text(server: Server) -> None:
+    reader, writer = await send(
+        server, COMPLETIONS, {"prompt": "a"}, extra=b"X-Request-Id: \x80\r\n"
+    )
+    head = await reader.readuntil(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    writer.close()
+    await writer.wait_closed()
+    assert server.service.generations == []
 
 
 NO_JSON = (b"{", b"", b"\xff", b'{"worker": "\xff"}', b"[" * 50_000)

@@ -229,6 +229,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
         (["--", "--prefill", "2"], {"serve_options": ("--prefill", "2")}),
         (["m", "--", "--route", "split"], {"model": "m", "serve_options": ("--route", "split")}),
         (["--url", "http://x", "m"], {"model": "m", "url": "http://x"}),
+        (["--api-key", "k"], {"api_key": "k"}),
         (["--system", "s", "--max-tokens", "5", "--temperature", "0", "--json", "f"],
          {"system": "s", "max_tokens": 5, "temperature": 0.0, "transcript": Path("f")}),
     ],
@@ -237,7 +238,7 @@ def test_options(ran: Ran, arguments: list[str], fields: dict[str, Any]) -> None
     result = ran.chat(*arguments)
     assert result.exit_code == 0, result.output
     nothing: dict[str, Any] = dict.fromkeys(
-        ("model", "url", "system", "max_tokens", "temperature", "transcript")
+        ("model", "url", "api_key", "system", "max_tokens", "temperature", "transcript")
     )
     assert ran.options == [ChatOptions(**{**nothing, "serve_options": (), **fields})]
 

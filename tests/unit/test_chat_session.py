@@ -53,7 +53,7 @@ class ScriptedAsker(Asker):
     """The server: a reply per question, as pieces and maybe what interrupts them."""
 
     def __init__(self, replies: dict[str, list[Any]]) -> None:
-        super().__init__("http://127.0.0.1:1", Wishes(), lambda text: None)
+        super().__init__("http://127.0.0.1:1", None, Wishes(), lambda text: None)
         self._replies = replies
         self.sent: list[list[Message]] = []
 

@@ -165,6 +165,8 @@ def test_every_status_has_its_class() -> None:
     known = {status: errors.error_class(status).__name__ for status in range(300, 600)}
     assert {status: name for status, name in known.items() if name != "ApiError"} == {
         400: "BadRequest",
+        401: "Unauthorized",
+        403: "Unauthorized",
         404: "NotFound",
         413: "BadRequest",
         422: "BadRequest",
@@ -182,7 +184,7 @@ def test_the_tree_in_the_docstring_is_the_tree() -> None:
         for found in vars(errors).values()
         if isinstance(found, type) and issubclass(found, errors.TinferClientError)
     ]
-    assert len(classes) == 10
+    assert len(classes) == 11
     for found in classes:
         assert found.__name__ in doc
         assert getattr(tinfer.client, found.__name__) is found

@@ -7,8 +7,10 @@ from typing import TypeVar
 
 from aiohttp import web
 
+from tinfer.api.deadline import seconds_of
 from tinfer.api.decode import BodyDecoder
 from tinfer.api.fields import IgnoredLog, ignored_header
+from tinfer.api.limits import MAX_REQUEST_ID_CHARS
 from tinfer.api.options import ApiOptions
 from tinfer.api.render import Prompt, Renderer
 from tinfer.api.responses import new_id
@@ -27,6 +29,7 @@ from tinfer.api.trace import wants_trace
 from tinfer.errors import InvalidRequest, ModelNotFound
 
 MAX_SHOWN_CHARS = 256
+ID_HEADER = "X-Request-Id"
 
 RequestT = TypeVar("RequestT", bound=Addressed)
 SamplingT = TypeVar("SamplingT", bound=SamplingFields)
@@ -88,7 +91,10 @@ class Api:
         prompts: list[Prompt],
         num_logprobs: int | None,
     ) -> Job:
-        """What the request wants to see. Raises `InvalidRequest` for too many answers."""
+        """What the request wants to see.
+
+        Raises `InvalidRequest` for too many answers and for headers that mean nothing.
+        """
         options = self.options
         n = parsed.n or 1
         if len(prompts) * n > options.max_sequences:
@@ -97,7 +103,10 @@ class Api:
         include_usage = usage is not None and bool(usage.include_usage)
         continuous = include_usage and usage is not None and bool(usage.continuous_usage_stats)
         as_ids = parsed.return_tokens_as_token_ids
-        own_id = request.headers.get("X-Request-Id") or parsed.request_id or new_id()
+        own_id = _header_id(request) or parsed.request_id or new_id()
+        if len(own_id) > MAX_REQUEST_ID_CHARS:
+            message = f"takes at most {MAX_REQUEST_ID_CHARS} characters, got {len(own_id)}"
+            raise InvalidRequest(message, param="request_id")
         return Job(
             id=f"{prefix}-{own_id}",
             created=int(time.time()),
@@ -112,4 +121,15 @@ class Api:
             tokens_as_ids=options.return_tokens_as_token_ids if as_ids is None else as_ids,
             num_logprobs=num_logprobs,
             show_trace=wants_trace(request),
+            timeout_s=seconds_of(request, options.request_timeout_s),
         )
+
+
+def _header_id(request: web.Request) -> str:
+    """The client's own id from the header, "" where there is none. Raises `InvalidRequest`."""
+    own_id = request.headers.get(ID_HEADER, "")
+    try:
+        own_id.encode()
+    except UnicodeEncodeError as error:  # aiohttp keeps bytes that are not UTF-8 as surrogates
+        raise InvalidRequest("must be UTF-8", param=ID_HEADER) from error
+    return own_id

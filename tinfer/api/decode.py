@@ -8,7 +8,9 @@ from typing import Generic, TypeVar
 import msgspec
 from msgspec import Struct
 
+from tinfer.api.depth import depth_exceeds
 from tinfer.api.fields import screen
+from tinfer.api.limits import MAX_JSON_DEPTH
 from tinfer.errors import InvalidRequest
 
 RequestT = TypeVar("RequestT", bound=Struct)
@@ -31,13 +33,18 @@ class BodyDecoder(Generic[RequestT]):
         """The request and the names of its unknown fields. Raises `InvalidRequest`."""
         try:
             unknown = screen(self._names.decode(body), self._declared, self._strict)
-            return self._typed.decode(body), unknown
+            request = self._typed.decode(body)
         except msgspec.ValidationError as error:
             raise invalid(error) from error
         except RecursionError as error:
             raise InvalidRequest(_TOO_DEEP) from error
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise InvalidRequest(f"the request body is not valid JSON: {error}") from error
+        # Counted first, which is quick: a body with fewer cannot be nested deeper.
+        num_openings = body.count(b"{") + body.count(b"[")
+        if num_openings > MAX_JSON_DEPTH and depth_exceeds(request, MAX_JSON_DEPTH):
+            raise InvalidRequest(_TOO_DEEP)
+        return request, unknown
 
 
 def invalid(error: msgspec.ValidationError, prefix: str = "") -> InvalidRequest:

@@ -15,7 +15,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from tinfer.api.responses import ErrorBody, ErrorInfo, new_id
-from tinfer.errors import NoWorker, Overloaded, RequestError, TinferError
+from tinfer.errors import DeadlinePassed, RequestError, TinferError, TryLater, Unauthorized
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
     try:
         return await handler(request)
     except TinferError as error:
-        return json_response(error_body(error), error.http_status, _retry_after(error))
+        return json_response(error_body(error), error.http_status, _headers(error))
     except web.HTTPException as error:
         return _http_error(error)
     except ConnectionResetError:
@@ -68,10 +68,15 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
         return json_response(unexpected(error), 500)
 
 
-def _retry_after(error: TinferError) -> dict[str, str] | None:
-    if not isinstance(error, Overloaded | NoWorker):
-        return None
-    return {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
+def _headers(error: TinferError) -> dict[str, str] | None:
+    if isinstance(error, TryLater):
+        return {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
+    if isinstance(error, Unauthorized):
+        return {"WWW-Authenticate": "Bearer"}
+    if isinstance(error, DeadlinePassed):
+        # Source: openai-python, which else sends it again.
+        return {"x-should-retry": "false"}
+    return None
 
 
 def _http_error(error: web.HTTPException) -> web.Response:

@@ -122,13 +122,19 @@ def screen(sent: Mapping[str, msgspec.Raw], declared: Collection[str], strict: b
             continue
         shown = _UNSAFE.sub("?", name[:MAX_NAME_CHARS])
         if name in REFUSED:
-            if msgspec.json.decode(raw) not in REFUSED[name]:
+            value = msgspec.json.decode(raw)
+            if not any(_same(value, off) for off in REFUSED[name]):
                 raise InvalidRequest(f"`{shown}` is not supported with this value", param=shown)
         elif strict:
             raise InvalidRequest(f"`{shown}` is not a known field", param=shown)
         else:
             unknown.append(shown)
     return unknown
+
+
+def _same(value: object, other: object) -> bool:
+    """Equal in JSON, where false is not 0 and true is not 1."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
 def ignored_header(unknown: list[str]) -> dict[str, str]:

@@ -6,6 +6,9 @@ from typing import Any
 
 from msgspec import Struct
 
+from tinfer.api import limits
+from tinfer.api.cors import Cors
+from tinfer.api.keys import ApiKeys
 from tinfer.api.sampling import SamplingDefaults
 
 
@@ -21,7 +24,13 @@ class ApiOptions(Struct, frozen=True, kw_only=True):
     max_logprobs: int = 20  # Source: vLLM --max-logprobs default
     max_prompts: int = 1024  # Source: vLLM VLLM_MAX_COMPLETION_PROMPTS default
     max_sequences: int = 16384
-    max_body_bytes: int = 32 << 20
+    max_body_bytes: int = limits.MAX_BODY_BYTES
+    max_arriving_bytes: int = limits.MAX_ARRIVING_BYTES
+    body_timeout_s: float = limits.BODY_TIMEOUT_S
+    # Of a whole answer; clients may ask for less (`deadline.py`).
+    request_timeout_s: float | None = None
+    api_keys: ApiKeys = ApiKeys()
+    cors: Cors = Cors()
     enable_prompt_tokens_details: bool = False
     force_include_usage: bool = False
     trust_request_chat_template: bool = False

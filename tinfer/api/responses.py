@@ -19,17 +19,11 @@ def new_id() -> str:
 
 
 class PromptTokensDetails(Struct):
-    """Where prompt tokens came from."""
-
-    cached_tokens: int | None = None
-    created_cache_tokens: int | None = None
-    multimodal_tokens: dict[str, int] | None = None
-
-
-class CachedTokens(Struct):
-    """`PromptTokensDetails` in a stream, where nulls are left out."""
+    """Where prompt tokens came from; a stream leaves out all but the first."""
 
     cached_tokens: int
+    created_cache_tokens: int | None | UnsetType = None
+    multimodal_tokens: dict[str, int] | None | UnsetType = None
 
 
 class Usage(Struct):
@@ -38,7 +32,7 @@ class Usage(Struct):
     prompt_tokens: int
     total_tokens: int
     completion_tokens: int
-    prompt_tokens_details: PromptTokensDetails | CachedTokens | None | UnsetType = None
+    prompt_tokens_details: PromptTokensDetails | None | UnsetType = None
     completion_tokens_details: None | UnsetType = None
 
 
@@ -113,7 +107,7 @@ class Completion(Struct):
     kv_transfer_params: None = None
     ec_transfer_params: None = None
     metrics: None = None
-    tinfer: Shown = UNSET
+    tinfer: Shown | UnsetType = UNSET
 
 
 class CompletionDelta(Struct):
@@ -169,7 +163,7 @@ class ChatCompletion(Struct):
     kv_transfer_params: None = None
     ec_transfer_params: None = None
     metrics: None = None
-    tinfer: Shown = UNSET
+    tinfer: Shown | UnsetType = UNSET
 
 
 class DeltaMessage(Struct):
@@ -244,6 +238,12 @@ class ModelList(Struct):
 
     data: list[ModelObject]
     object: str = "list"
+
+
+class Version(Struct):
+    """The body of `/version`."""
+
+    version: str
 
 
 class ErrorInfo(Struct):

@@ -2,28 +2,35 @@
 
 Precedence: the request, then the model's `generation_config.json`, then vLLM's neutral defaults.
 Source of every bound: vLLM 0.32 `SamplingParams` (`_verify_args`, `_verify_greedy_sampling`,
-`verify`), its OpenAI request validators, and `renderers/params.py` for the lengths.
+`verify`), its OpenAI request validators, and `renderers/params.py` for the lengths; of how many
+and how long things may be: `limits.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 from msgspec import Struct
 
+from tinfer.api.limits import (
+    MAX_BAD_WORD_CHARS,
+    MAX_BAD_WORDS,
+    MAX_LOGIT_BIAS,
+    MAX_LOGIT_BIAS_ENTRIES,
+    MAX_N,
+    MAX_STOP_CHARS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+)
 from tinfer.api.schemas import SamplingFields
 from tinfer.api.structured import structured_spec
 from tinfer.core.sampling import SamplingSpec
 from tinfer.errors import InvalidRequest, PromptTooLong, StartError
 
-MAX_N = 16384  # Source: vLLM VLLM_MAX_N_SEQUENCES default
-MAX_STOP_STRINGS = 4  # Source: vLLM VLLM_MAX_STOP_STRINGS default
-MAX_BAD_WORDS = 128  # Source: vLLM VLLM_MAX_NUM_BAD_WORDS default
-MAX_LOGIT_BIAS = 100.0
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
 T = TypeVar("T")
@@ -201,18 +208,27 @@ def _check_n(n: int | None, temperature: float) -> None:
 
 
 def _check_lists(spec: SamplingSpec, vocab_size: int) -> None:
-    num_stop = len(spec.stop)
-    _require(
-        num_stop <= MAX_STOP_STRINGS, "stop", f"takes at most {MAX_STOP_STRINGS} strings", num_stop
-    )
-    _require(all(spec.stop), "stop", "must not hold an empty string", "one")
-    _require(all(spec.bad_words), "bad_words", "must not hold an empty string", "one")
-    num_bad = len(spec.bad_words)
-    _require(num_bad <= MAX_BAD_WORDS, "bad_words", f"takes at most {MAX_BAD_WORDS} words", num_bad)
+    _check_strings(spec.stop, "stop", MAX_STOP_STRINGS, MAX_STOP_CHARS)
+    _check_strings(spec.bad_words, "bad_words", MAX_BAD_WORDS, MAX_BAD_WORD_CHARS)
+    _check_count(spec.stop_token_ids, "stop_token_ids", MAX_STOP_TOKEN_IDS, "token ids")
     check_token_ids(spec.stop_token_ids, vocab_size, "stop_token_ids")
     if spec.allowed_token_ids is not None:
         _require(bool(spec.allowed_token_ids), "allowed_token_ids", "must not be empty", "[]")
+        _check_count(spec.allowed_token_ids, "allowed_token_ids", vocab_size, "token ids")
         check_token_ids(spec.allowed_token_ids, vocab_size, "allowed_token_ids")
+
+
+def _check_strings(strings: Sequence[str], param: str, most: int, most_chars: int) -> None:
+    _check_count(strings, param, most, "strings")
+    _require(all(strings), param, "must not hold an empty string", "one")
+    longest = max(map(len, strings), default=0)
+    _require(
+        longest <= most_chars, param, f"takes strings of at most {most_chars} characters", longest
+    )
+
+
+def _check_count(given: Sized, param: str, most: int, what: str) -> None:
+    _require(len(given) <= most, param, f"takes at most {most} {what}", len(given))
 
 
 def check_token_ids(token_ids: Sequence[int] | Iterable[int], vocab_size: int, param: str) -> None:
@@ -228,6 +244,7 @@ def _logit_bias(bias: dict[str, float] | None, vocab_size: int) -> dict[int, flo
     """Token id → bias, clamped to ±100 as vLLM does."""
     if bias is None:
         return None
+    _check_count(bias, "logit_bias", MAX_LOGIT_BIAS_ENTRIES, "entries")
     clamped: dict[int, float] = {}
     for key, value in bias.items():
         try:

@@ -82,7 +82,7 @@ class SamplingFields(Addressed, kw_only=True):
     spaces_between_special_tokens: bool | None = None
     prompt_logprobs: int | None = None
     structured_outputs: StructuredOutputs | None = None
-    response_format: msgspec.Raw = msgspec.Raw()
+    response_format: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None

@@ -98,6 +98,14 @@ class Service(Protocol):
         """Workers and requests by phase: the body of `/debug/state`."""
         ...
 
+    def drain(self, worker_id: str, timeout_s: float) -> None:
+        """Stop a worker once it is empty, or that time is up. Raises `InvalidRequest`."""
+        ...
+
+    def restart(self, worker_id: str, timeout_s: float) -> None:
+        """The same, and start it anew. Raises `InvalidRequest`."""
+        ...
+
     def ask_role(self, worker_id: str, role: Role) -> None:
         """Have a worker change its role once it has drained. Raises `InvalidRequest`."""
         ...

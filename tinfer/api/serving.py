@@ -7,12 +7,13 @@ from typing import Protocol
 
 import msgspec
 from aiohttp import web
-from msgspec import UNSET, Struct
+from msgspec import UNSET, Struct, UnsetType
 
+from tinfer.api.deadline import Deadline
 from tinfer.api.failures import error_body, json_response, unexpected
 from tinfer.api.fanout import Batch, Fanout
 from tinfer.api.render import Prompt
-from tinfer.api.responses import CachedTokens, ChunkTail, PromptTokensDetails, Usage
+from tinfer.api.responses import ChunkTail, PromptTokensDetails, Usage
 from tinfer.api.service import Delta, Generation, Service
 from tinfer.api.sse import DONE, direct, error_event, open_stream
 from tinfer.api.trace import Shown, Trace, shown
@@ -39,6 +40,7 @@ class Job(Struct, frozen=True, kw_only=True):
     tokens_as_ids: bool
     num_logprobs: int | None
     show_trace: bool = False
+    timeout_s: float | None = None
 
     @property
     def num_answers(self) -> int:
@@ -95,8 +97,9 @@ class Counter:
         """Usage at the end of a stream, where nulls are left out."""
         usage = self._usage(self._prompt_tokens(), sum(self.output_tokens))
         usage.completion_tokens_details = UNSET
-        details = CachedTokens(self.cached_tokens) if self._job.cached_details else UNSET
-        usage.prompt_tokens_details = details
+        usage.prompt_tokens_details = UNSET
+        if self._job.cached_details:
+            usage.prompt_tokens_details = PromptTokensDetails(self.cached_tokens, UNSET, UNSET)
         return usage
 
     def so_far(self, index: int) -> Usage:
@@ -158,7 +161,7 @@ def stop_tail(job: Job, delta: Delta, usage: Usage | None) -> ChunkTail | None:
     return ChunkTail(usage=usage or UNSET, system_fingerprint=stamp or UNSET, tinfer=trace)
 
 
-def whole_trace(job: Job, answers: Sequence[Answer]) -> Shown:
+def whole_trace(job: Job, answers: Sequence[Answer]) -> Shown | UnsetType:
     """What a response that is not streamed tells of how it was served: on request only."""
     return shown([said.trace for said in answers]) if job.show_trace else UNSET
 
@@ -188,15 +191,20 @@ async def answer(
 
     Raises what fails before the first byte.
     """
+    deadline = Deadline(reply.job.timeout_s)
     fanout = Fanout(service, sequences)
     async with fanout as batches:
         if stream:
-            return await _stream(request, fanout, batches, reply, headers)
+            return await _stream(request, fanout, batches, reply, headers, deadline)
         answers = [Answer() for _ in sequences]
-        async for batch in batches:
-            for index, delta in batch:
-                reply.counter.add(index, delta)
-                answers[index].add(delta)
+        try:
+            async with deadline.scope():
+                async for batch in batches:
+                    for index, delta in batch:
+                        reply.counter.add(index, delta)
+                        answers[index].add(delta)
+        except TimeoutError as error:
+            raise deadline.passed() from error
         return json_response(reply.whole(answers), headers=headers)
 
 
@@ -206,18 +214,23 @@ async def _stream(
     batches: AsyncIterator[Batch],
     reply: Reply,
     headers: dict[str, str],
+    deadline: Deadline,
 ) -> web.StreamResponse:
     # The head waits for the first delta: what fails before it still has its own status.
-    first = await anext(batches)
+    try:
+        async with deadline.scope():
+            first = await anext(batches)
+    except TimeoutError as error:
+        raise deadline.passed() from error
     response = await open_stream(request, headers)
     try:
-        await response.write(reply.opening() + _events(reply, first))
-        sink = direct(request, lambda delta: _events(reply, [(0, delta)]))
-        if sink is not None:
-            fanout.write_through(sink)
-        async for batch in batches:
-            await response.write(_events(reply, batch))
+        async with deadline.scope():
+            await _write_batches(request, response, reply, fanout, first, batches)
         last = reply.closing()
+    except TimeoutError:
+        if _is_stalled(request):
+            raise ConnectionResetError("the client does not read") from None
+        last = error_event(error_body(deadline.passed()))
     except TinferError as error:
         last = error_event(error_body(error))
     except ConnectionResetError:
@@ -227,6 +240,33 @@ async def _stream(
     await response.write(last + DONE)
     await response.write_eof()
     return response
+
+
+async def _write_batches(
+    request: web.Request,
+    response: web.StreamResponse,
+    reply: Reply,
+    fanout: Fanout,
+    first: Batch,
+    batches: AsyncIterator[Batch],
+) -> None:
+    await response.write(reply.opening() + _events(reply, first))
+    sink = direct(request, lambda delta: _events(reply, [(0, delta)]))
+    if sink is not None:
+        fanout.write_through(sink)
+    async for batch in batches:
+        await response.write(_events(reply, batch))
+
+
+def _is_stalled(request: web.Request) -> bool:
+    """Cut off a client that has not taken what was written: it would not take an error either."""
+    transport = request.transport
+    if transport is None:
+        return True
+    if not transport.get_write_buffer_size():
+        return False
+    transport.abort()
+    return True
 
 
 def _events(reply: Reply, batch: Batch) -> bytes:

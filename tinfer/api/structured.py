@@ -11,15 +11,30 @@ from typing import Any
 import msgspec
 
 from tinfer.api.decode import invalid
+from tinfer.api.depth import depth_exceeds
+from tinfer.api.limits import (
+    MAX_CHOICES,
+    MAX_GRAMMAR_BYTES,
+    MAX_REGEX_BYTES,
+    MAX_SCHEMA_DEPTH,
+    MAX_TAG_DEPTH,
+    MAX_WHITESPACE_PATTERN_BYTES,
+)
 from tinfer.api.schemas import ResponseFormat, StructuredOutputs
 from tinfer.core.sampling import StructuredSpec
 from tinfer.errors import InvalidRequest
 
-# Source: vLLM MAX_STRUCTURED_OUTPUT_JSON_NESTING and STRUCTURAL_TAG_WRAPPER_NESTING
-MAX_SCHEMA_DEPTH = 64
-MAX_TAG_DEPTH = MAX_SCHEMA_DEPTH + 16
-
 _KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+# Kind → bytes of UTF-8; a list of choices counts with what surrounds each in the grammar.
+_MAX_BYTES = {
+    "json": MAX_GRAMMAR_BYTES,
+    "regex": MAX_REGEX_BYTES,
+    "choice": MAX_GRAMMAR_BYTES,
+    "grammar": MAX_GRAMMAR_BYTES,
+    "structural_tag": MAX_GRAMMAR_BYTES,
+    "whitespace_pattern": MAX_WHITESPACE_PATTERN_BYTES,
+}
+_PER_CHOICE_BYTES = 5
 _PARAM = "structured_outputs"
 _FORMAT = "response_format"
 
@@ -65,15 +80,18 @@ def _from_asked(asked: StructuredOutputs) -> dict[str, Any]:
 
 def _from_format(raw: msgspec.Raw) -> dict[str, Any]:
     try:
-        parsed = msgspec.json.decode(raw, type=ResponseFormat | None)
+        text = bytes(raw).decode()
+        parsed = msgspec.json.decode(text, type=ResponseFormat | None)
     except msgspec.ValidationError as error:
         raise invalid(error, _FORMAT) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest("is not valid JSON", param=_FORMAT) from error
     if parsed is None or parsed.type == "text":
         return {}
     if parsed.type == "json_object":
         return {"json_object": True}
     if parsed.type == "structural_tag":
-        return {"structural_tag": bytes(raw).decode()}
+        return {"structural_tag": text}
     if parsed.json_schema is None or parsed.json_schema.json_schema is None:
         raise InvalidRequest("a schema is required", param=f"{_FORMAT}.json_schema")
     return {"json": _as_text(parsed.json_schema.json_schema)}
@@ -84,6 +102,12 @@ def _as_text(schema: dict[str, Any]) -> str:
 
 
 def _check(fields: dict[str, Any], param: str) -> None:
+    for kind, most_bytes in _MAX_BYTES.items():
+        if (num_bytes := _size_bytes(fields.get(kind))) > most_bytes:
+            message = f"{kind} has {num_bytes} bytes; at most {most_bytes} are taken"
+            raise InvalidRequest(message, param=param)
+    if len(fields.get("choice") or ()) > MAX_CHOICES:
+        raise InvalidRequest(f"choice takes at most {MAX_CHOICES} strings", param=param)
     for kind in ("json", "grammar", "structural_tag"):
         if kind in fields and not fields[kind].strip():
             raise InvalidRequest(f"{kind} must not be empty", param=param)
@@ -94,7 +118,7 @@ def _check(fields: dict[str, Any], param: str) -> None:
     if "\x00" in fields.get("regex", ""):
         raise InvalidRequest("regex must not hold a NUL character", param=param)
     for kind, limit in (("json", MAX_SCHEMA_DEPTH), ("structural_tag", MAX_TAG_DEPTH)):
-        if kind in fields and _depth_exceeds(_parse(fields[kind], kind, param), limit):
+        if kind in fields and depth_exceeds(_parse(fields[kind], kind, param), limit):
             raise InvalidRequest(f"{kind} is nested deeper than {limit} levels", param=param)
 
 
@@ -105,16 +129,7 @@ def _parse(text: str, kind: str, param: str) -> Any:
         raise InvalidRequest(f"{kind} is not JSON that can be read", param=param) from error
 
 
-def _depth_exceeds(value: Any, limit: int) -> bool:
-    """Whether objects and arrays nest deeper than `limit`, level by level."""
-    level = [value] if isinstance(value, dict | list) else []
-    for _ in range(limit):
-        level = [
-            child
-            for node in level
-            for child in (node.values() if isinstance(node, dict) else node)
-            if isinstance(child, dict | list)
-        ]
-        if not level:
-            return False
-    return True
+def _size_bytes(value: str | list[str] | None) -> int:
+    if isinstance(value, list):
+        return sum(len(choice.encode()) + _PER_CHOICE_BYTES for choice in value)
+    return len((value or "").encode())

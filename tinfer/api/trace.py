@@ -18,7 +18,11 @@ TRACE_HEADER = "X-Tinfer-Trace"
 _WORDS = {"": False, "0": False, "false": False, "1": True, "true": True}
 
 
-class Trace(Struct, frozen=True, kw_only=True):
+class Shown(Struct, frozen=True):
+    """What a response tells of how it was served: a `Trace`, or the `Traces` of its answers."""
+
+
+class Trace(Shown, frozen=True, kw_only=True):
     """Figures of one answer, by the master's clock; durations in seconds.
 
     Time runs from the moment the scheduler accepts the request, with its prompt tokenised.
@@ -54,13 +58,10 @@ class Trace(Struct, frozen=True, kw_only=True):
     e2el_s: float
 
 
-class Traces(Struct, frozen=True):
+class Traces(Shown, frozen=True):
     """The traces of a whole response with several answers, in the order of its choices."""
 
     answers: list[Trace]
-
-
-Shown = Trace | Traces | UnsetType
 
 
 def wants_trace(request: web.Request) -> bool:
@@ -71,7 +72,7 @@ def wants_trace(request: web.Request) -> bool:
     return _WORDS[asked]
 
 
-def shown(traces: Sequence[Trace | None]) -> Shown:
+def shown(traces: Sequence[Trace | None]) -> Shown | UnsetType:
     """The traces of all answers of one response; nothing where the service gives none."""
     known = [trace for trace in traces if trace is not None]
     if not known:

@@ -32,6 +32,7 @@ class ChatOptions(Struct, frozen=True, kw_only=True):
 
     model: str | None
     url: str | None
+    api_key: str | None
     serve_options: tuple[str, ...]
     system: str | None
     max_tokens: int | None
@@ -96,7 +97,7 @@ def _session(
     else:
         url = options.url
     try:
-        asker = Asker(url, wishes, screen.say)
+        asker = Asker(url, options.api_key, wishes, screen.say)
     except ValueError as error:
         raise StartError(str(error)) from error
     if interactive:

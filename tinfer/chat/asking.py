@@ -34,8 +34,11 @@ class Wishes(Struct, frozen=True):
 class Asker:
     """One server, and how to ask it. `say` gets the notices."""
 
-    def __init__(self, url: str, wishes: Wishes, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, url: str, api_key: str | None, wishes: Wishes, say: Callable[[str], None]
+    ) -> None:
         self.url = url
+        self._api_key = api_key
         self._wishes = wishes
         self._say = say
         # Its check of the address, before anything starts.
@@ -46,7 +49,9 @@ class Asker:
 
         Raises `ValueError` for an address that is none.
         """
-        return AsyncClient(self.url, timeout_s=None, max_retries=0, headers=TRACE_HEADERS)
+        return AsyncClient(
+            self.url, self._api_key, timeout_s=None, max_retries=0, headers=TRACE_HEADERS
+        )
 
     async def models(self) -> list[Model]:
         """What is served there. Raises `TinferClientError`."""

@@ -20,7 +20,7 @@ from typing import Self
 
 from tinfer.errors import StartError
 
-READY = re.compile(rb"^tinfer \S+ serves \S+ on (http://\S+)\s*$", re.MULTILINE)
+READY = re.compile(rb"^tinfer \S+ serves \S+ on ((?:https?://|unix:)\S+)\s*$", re.MULTILINE)
 # An answer that is cut at the end of the chat needs no time to finish.
 STOP_S = 20.0
 DYING_S = 0.5

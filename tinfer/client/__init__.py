@@ -17,6 +17,7 @@ from tinfer.client.errors import (
     ServerUnavailable,
     StreamBroken,
     TinferClientError,
+    Unauthorized,
     UnexpectedAnswer,
 )
 from tinfer.client.results import (
@@ -56,6 +57,7 @@ __all__ = [
     "StreamedAnswer",
     "TinferClientError",
     "Tokens",
+    "Unauthorized",
     "UnexpectedAnswer",
     "Usage",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, Unpack
@@ -61,6 +62,9 @@ class AsyncClient:
                     print(chunk.text, end="", flush=True)
             print(stream.usage, stream.ttft_s)
 
+    `base_url` may be `unix:PATH` too. A server with a certificate of an own authority needs a
+    `ssl_context` that trusts it (or `SSL_CERT_FILE` in the environment).
+
     Times are in seconds, None is no limit: `timeout_s` for a whole request with all its attempts
     (a call can have its own), `connect_timeout_s` for the connection, and for streams
     `first_token_timeout_s` and `token_gap_timeout_s`. At most `max_retries` further attempts are
@@ -89,6 +93,7 @@ class AsyncClient:
         max_connections: int = DEFAULT_MAX_CONNECTIONS,
         headers: Mapping[str, str] | None = None,
         trace: bool = False,
+        ssl_context: ssl.SSLContext | None = None,
     ) -> None:
         limits = TimeLimits(
             connect_s=connect_timeout_s,
@@ -99,11 +104,13 @@ class AsyncClient:
         retries = Retries(num_retries=max_retries, base_delay_s=backoff_s)
         self._limits = limits
         sent = {**({TRACE_HEADER: "1"} if trace else {}), **(headers or {})}
-        self._connection = Connection(base_url, api_key, sent, limits, retries, max_connections)
+        self._connection = Connection(
+            base_url, api_key, sent, limits, retries, max_connections, ssl_context
+        )
 
     @property
     def base_url(self) -> str:
-        """The server's address, without `/v1`."""
+        """The server's address, without `/v1`; `unix:PATH` for its Unix socket."""
         return self._connection.base_url
 
     async def __aenter__(self) -> Self:
@@ -215,6 +222,25 @@ class AsyncClient:
     async def ledger(self) -> dict[str, Any]:
         """tinfer's account of open requests, leases and held blocks; `idle` when all are zero."""
         return await self._get(dict[str, Any], "/debug/ledger")
+
+    async def state(self) -> dict[str, Any]:
+        """Workers, requests by phase and what waits, as the server's `/debug/state` tells."""
+        return await self._get(dict[str, Any], "/debug/state")
+
+    async def drain(self, worker: str, drain_timeout_s: float = 30.0) -> None:
+        """Begin to take a worker out of service: it starts nothing new, and stops once it is empty.
+
+        What it still has after `drain_timeout_s` goes on elsewhere. `state` shows how far it is.
+        """
+        await self._leave("drain", worker, drain_timeout_s)
+
+    async def restart(self, worker: str, drain_timeout_s: float = 30.0) -> None:
+        """The same, and start the worker anew; one that is down is started at once."""
+        await self._leave("restart", worker, drain_timeout_s)
+
+    async def _leave(self, action: str, worker: str, drain_timeout_s: float) -> None:
+        wish = {"worker": worker, "timeout_s": drain_timeout_s}
+        await self._post(dict[str, Any], f"/admin/{action}", wish, msgspec.UNSET)
 
     def _limits_of(self, timeout_s: Timeout) -> TimeLimits:
         if isinstance(timeout_s, msgspec.UnsetType):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import ssl
 import urllib.parse
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -31,6 +32,8 @@ from tinfer.client.limits import Deadlines, TimeLimits
 from tinfer.client.results import ErrorBody, ErrorInfo
 from tinfer.client.retries import Retries, retry_after_s
 
+# Before the path of the socket of a server that has no address (`tinfer serve --uds`).
+UNIX = "unix:"
 MAX_ERROR_BYTES = 64 << 10
 MAX_SHOWN_CHARS = 300
 # How aiohttp says that a connection broke; the last one between the break and its own notice of it.
@@ -50,8 +53,13 @@ class Connection:
         limits: TimeLimits,
         retries: Retries,
         max_connections: int,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
-        self.base_url = server_url(base_url)
+        self._uds = base_url.removeprefix(UNIX) if base_url.startswith(UNIX) else None
+        # A Unix socket has no name of its own to ask for.
+        self._origin = "http://localhost" if self._uds else server_url(base_url)
+        self.base_url = base_url if self._uds else self._origin
+        self._tls = tls
         self.limits = limits
         self._retries = retries
         self._max_connections = max_connections
@@ -112,9 +120,9 @@ class Connection:
         headers = None if body is None else {"Content-Type": "application/json"}
         async with self._explained(retryable=True):
             response = await self._opened().request(
-                method, self.base_url + path, data=data, headers=headers, allow_redirects=False
+                method, self._origin + path, data=data, headers=headers, allow_redirects=False
             )
-        if response.status == 200:
+        if 200 <= response.status < 300:
             return response
         try:
             raise await _refusal(response)
@@ -145,12 +153,18 @@ class Connection:
             raise ConnectionFailed("the client is closed")
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=self._max_connections),
+                connector=self._connector(),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers=self._headers,
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.limits.connect_s),
             )
         return self._session
+
+    def _connector(self) -> aiohttp.BaseConnector:
+        if self._uds:
+            return aiohttp.UnixConnector(self._uds, limit=self._max_connections)
+        tls = True if self._tls is None else self._tls
+        return aiohttp.TCPConnector(limit=self._max_connections, ssl=tls)
 
 
 def server_url(base_url: str) -> str:
@@ -189,7 +203,9 @@ async def _refusal(response: aiohttp.ClientResponse) -> ApiError:
         text = " ".join(told.decode(errors="replace").split())[:MAX_SHOWN_CHARS]
         info = ErrorInfo(text or response.reason or "no reason given")
     wait_s = retry_after_s(response.headers.get("Retry-After"), datetime.now(UTC))
-    return error_class(response.status)(
+    # What the server says would fail again counts like its other faults, which are not sent again.
+    is_final = response.headers.get("x-should-retry") == "false"
+    return error_class(500 if is_final else response.status)(
         response.status, info.message, info.type, info.param, info.code, wait_s
     )
 

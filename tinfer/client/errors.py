@@ -5,6 +5,7 @@ TinferClientError
 ├── RequestTimeout          a time limit passed; `limit` says which one
 ├── ApiError                the server refused: status, message, type, param, code, retry_after_s
 │   ├── BadRequest              400, 413, 422: the request has to change
+│   ├── Unauthorized            401, 403: an API key is wanted, or another one, or not from here
 │   ├── NotFound                404: no such model or path
 │   ├── Overloaded              429: come back after `retry_after_s`
 │   └── ServerUnavailable       502, 503, 504: no worker, or the server starts or stops
@@ -79,6 +80,10 @@ class BadRequest(ApiError):
     """The request itself is at fault; `param` names the field when one is."""
 
 
+class Unauthorized(ApiError):
+    """The server wants an API key, or another one, or lets nobody in from here (401, 403)."""
+
+
 class NotFound(ApiError):
     """The server has no such model or path."""
 
@@ -119,6 +124,8 @@ _WORDS: dict[Limit, str] = {
 }
 _BY_STATUS: dict[int, type[ApiError]] = {
     400: BadRequest,
+    401: Unauthorized,
+    403: Unauthorized,
     404: NotFound,
     413: BadRequest,
     422: BadRequest,

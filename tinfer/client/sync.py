@@ -7,6 +7,7 @@ the first call and ends with `close()`.
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Generic, Self, Unpack
@@ -162,6 +163,7 @@ class Client:
         max_connections: int = DEFAULT_MAX_CONNECTIONS,
         headers: Mapping[str, str] | None = None,
         trace: bool = False,
+        ssl_context: ssl.SSLContext | None = None,
     ) -> None:
         self._client = AsyncClient(
             base_url,
@@ -175,6 +177,7 @@ class Client:
             max_connections=max_connections,
             headers=headers,
             trace=trace,
+            ssl_context=ssl_context,
         )
         self._thread = LoopThread(self._client.close)
 
@@ -283,3 +286,18 @@ class Client:
     def ledger(self) -> dict[str, Any]:
         """tinfer's account of open requests, leases and held blocks; `idle` when all are zero."""
         return self._thread.run(self._client.ledger)
+
+    def state(self) -> dict[str, Any]:
+        """Workers, requests by phase and what waits, as the server's `/debug/state` tells."""
+        return self._thread.run(self._client.state)
+
+    def drain(self, worker: str, drain_timeout_s: float = 30.0) -> None:
+        """Begin to take a worker out of service: it starts nothing new, and stops once it is empty.
+
+        What it still has after `drain_timeout_s` goes on elsewhere. `state` shows how far it is.
+        """
+        self._thread.run(lambda: self._client.drain(worker, drain_timeout_s))
+
+    def restart(self, worker: str, drain_timeout_s: float = 30.0) -> None:
+        """The same, and start the worker anew; one that is down is started at once."""
+        self._thread.run(lambda: self._client.restart(worker, drain_timeout_s))
