@@ -16,6 +16,8 @@ from msgspec import Meta, Struct
 from tinfer.errors import StartError
 
 Positive = Annotated[int, Meta(ge=1)]
+# Of which vLLM takes all at once, as '["a", "b"]', where here each can be given alone.
+JSON_LISTS = frozenset({"allowed_origins", "allowed_methods", "allowed_headers"})
 # The paper's, for OPT-13B on V100s (arXiv 2401.11181, section 3.3.2).
 DEFAULT_CHUNK_TOKENS = 512
 
@@ -32,10 +34,52 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     ] = None
     host: Annotated[str, Meta(description="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="Port; 0 takes a free one.")] = 8000
+    uds: Annotated[
+        str | None,
+        Meta(description="Listen on this Unix socket, for this user only, instead of an address."),
+    ] = None
     served_model_name: Annotated[
         tuple[str, ...],
         Meta(description="Name(s) that clients use; the first is reported. Default: MODEL."),
     ] = ()
+
+    api_key: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Key that clients must show; `ps` shows it to all users, "
+            "--api-key-file does not."
+        ),
+    ] = ()
+    api_key_file: Annotated[
+        str | None,
+        Meta(description="File with such keys, one per line, that others cannot read."),
+    ] = None
+    ssl_keyfile: Annotated[
+        str | None, Meta(description="Private key of the certificate (PEM), where not in its file.")
+    ] = None
+    ssl_certfile: Annotated[
+        str | None, Meta(description="Certificate chain (PEM); with it the server speaks HTTPS.")
+    ] = None
+    ssl_ca_certs: Annotated[
+        str | None, Meta(description="Certificates (PEM) that clients' own must be signed by.")
+    ] = None
+    ssl_cert_reqs: Annotated[
+        int,
+        Meta(ge=0, le=2, description="Client certificates: 0 none, 1 checked if sent, 2 required."),
+    ] = 0
+    allowed_origins: Annotated[
+        tuple[str, ...],
+        Meta(description="Web origins whose pages may ask (CORS); * for all, JSON list for many."),
+    ] = ()
+    allowed_methods: Annotated[
+        tuple[str, ...], Meta(description="Methods that such pages may use.")
+    ] = ("*",)
+    allowed_headers: Annotated[
+        tuple[str, ...], Meta(description="Request headers that such pages may send.")
+    ] = ("*",)
+    allow_credentials: Annotated[
+        bool, Meta(description="Let such pages send the browser's cookies and certificates.")
+    ] = False
 
     prefill: Annotated[
         Annotated[int, Meta(ge=0)] | None,
@@ -206,6 +250,17 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         Positive | None,
         Meta(description="Prompt tokens in the queue beyond which new requests get 429."),
     ] = None
+    slo: Annotated[
+        tuple[Annotated[str, Meta(pattern=r"^(ttft|tpot):[0-9.]+(,(ttft|tpot):[0-9.]+)*$")], ...],
+        Meta(
+            description="ttft:MS, tpot:MS or both with a comma: requests that are predicted to "
+            "take longer get 429 at once."
+        ),
+    ] = ()
+    request_timeout: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(description="Seconds that an answer may take. Default: as long as it takes."),
+    ] = None
     shutdown_timeout: Annotated[
         float,
         Meta(ge=0, description="Seconds that running requests get to finish after a stop signal."),
@@ -257,6 +312,20 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         return self.max_num_batched_tokens or named
 
     @property
+    def slo_s(self) -> dict[str, float]:
+        """The bounds of `slo` in seconds, by metric. Raises `ValueError` for what is none."""
+        bounds: dict[str, float] = {}
+        for pair in ",".join(self.slo).split(",") if self.slo else ():
+            name, _, text = pair.partition(":")
+            bound_ms = float(text)
+            if name in bounds or bound_ms <= 0:
+                raise ValueError(
+                    f"{name} has two bounds" if name in bounds else f"{pair} is no time"
+                )
+            bounds[name] = bound_ms / 1e3
+        return bounds
+
+    @property
     def step_tokens(self) -> int:
         """Tokens per step: room for one of every sequence."""
         return max(self.chunk_tokens, self.max_num_seqs)
@@ -274,7 +343,7 @@ def load(values: dict[str, Any], strict: bool = True) -> ServeConfig:
     Raises `StartError` naming what is wrong.
     """
     try:
-        config = msgspec.convert(values, ServeConfig, strict=strict)
+        config = msgspec.convert(_flattened(values), ServeConfig, strict=strict)
     except msgspec.ValidationError as error:
         reason, _, place = str(error).partition(" - at `$.")
         raise StartError(f"bad option{_flag(place)}: {reason}") from error
@@ -282,11 +351,30 @@ def load(values: dict[str, Any], strict: bool = True) -> ServeConfig:
         value = getattr(config, name)
         if isinstance(value, float) and not math.isfinite(value):
             raise StartError(f"bad option{_flag(name)}: {value} is not a finite number")
+    try:
+        _ = config.slo_s
+    except ValueError as error:
+        raise StartError(f"bad option --slo: {error}") from error
     if config.prefill == config.decode == 0:
         raise StartError("no worker: --prefill and --decode are both 0")
     if config.route == "split" and 0 in (config.prefill, config.decode):
         raise StartError("--route split needs at least one --prefill and one --decode worker")
     return config
+
+
+def _flattened(values: dict[str, Any]) -> dict[str, Any]:
+    """With the options of vLLM that take a JSON list as one value each turned into plain ones."""
+    flat = dict(values)
+    for name in JSON_LISTS & values.keys():
+        found: list[Any] = []
+        for value in values[name]:
+            is_list = isinstance(value, str) and value.lstrip().startswith("[")
+            try:
+                found += msgspec.json.decode(value, type=list[str]) if is_list else [value]
+            except msgspec.MsgspecError as error:
+                raise StartError(f"bad option{_flag(name)}: {value!r} is no JSON list") from error
+        flat[name] = tuple(found)
+    return flat
 
 
 def _flag(place: str) -> str:

@@ -4,10 +4,15 @@ TinferError
 ├── RequestError            the request is at fault
 │   ├── InvalidRequest          400
 │   │   └── PromptTooLong       400
-│   └── ModelNotFound           404
+│   ├── ModelNotFound           404
+│   ├── Unauthorized            401, no API key that this server has
+│   ├── Forbidden               403, not from there
+│   └── RequestTooSlow          408, the body did not come in time
 ├── ServerError             the request is fine, tinfer could not serve it
-│   ├── Overloaded              429, with Retry-After
-│   ├── NoWorker                503, with Retry-After; no worker lives
+│   ├── TryLater                with Retry-After
+│   │   ├── Overloaded          429
+│   │   └── NoWorker            503, no worker lives
+│   ├── DeadlinePassed          504, the answer took longer than it was given
 │   ├── WorkerLost              500, the worker died with the request on it
 │   └── EngineFailed            500, the engine refused or broke on the request
 └── StartError              `tinfer serve` cannot start; one line, exit code 2
@@ -54,31 +59,58 @@ class ModelNotFound(RequestError):
     error_type = "NotFoundError"
 
 
+class Unauthorized(RequestError):
+    """The request shows no API key, or none that this server has."""
+
+    http_status = 401
+    error_type = "AuthenticationError"
+
+
+class Forbidden(RequestError):
+    """Not from there: what it asks for is not for everyone who can reach the server."""
+
+    http_status = 403
+    error_type = "PermissionDeniedError"
+
+
+class RequestTooSlow(RequestError):
+    """The rest of the request did not come in time."""
+
+    http_status = 408
+    error_type = "RequestTimeoutError"
+
+
 class ServerError(TinferError):
     """The request is valid, but it cannot be answered now."""
 
 
-class Overloaded(ServerError):
-    """A bound is reached; `retry_after_s` is when to try again."""
+class TryLater(ServerError):
+    """The request can be answered at another time; `retry_after_s` is when to try again."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Overloaded(TryLater):
+    """A bound is reached."""
 
     http_status = 429
     error_type = "TooManyRequestsError"
 
-    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
 
-
-class NoWorker(ServerError):
-    """No worker that could serve the request is alive, or the server is stopping; `retry_after_s`
-    is when to try again, here or elsewhere."""
+class NoWorker(TryLater):
+    """No worker that could serve the request is alive, or the server is stopping."""
 
     http_status = 503
     error_type = "ServiceUnavailableError"
 
-    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
+
+class DeadlinePassed(ServerError):
+    """The answer was not complete when the time for it was up; asking again would take as long."""
+
+    http_status = 504
+    error_type = "GatewayTimeoutError"
 
 
 class WorkerLost(ServerError):

@@ -14,14 +14,13 @@ import psutil
 from tests.e2e.serving import ServeProcess
 
 Inode = tuple[int, int]
+SHM = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
 class Remains:
-    """Processes, run directory, port (None before one is known) and anonymous memory files.
-
-    Entries of /dev/shm are looked for after every test (`tests/leaks.py`).
-    """
+    """Processes, run directory, port (None before one is known), anonymous memory files, and what
+    is named after the run directory in /dev/shm."""
 
     processes: list[psutil.Process]
     run_dir: Path
@@ -46,6 +45,7 @@ class Remains:
         found = [f"process {p.pid}" for p in self.processes if _lives(p)]
         if self.run_dir.exists():
             found.append(f"{self.run_dir}: {sorted(p.name for p in self.run_dir.iterdir())}")
+        found += [str(path) for path in SHM.iterdir() if self._is_segment(path.name)]
         if self.port is not None:
             with socket.socket() as client:
                 if client.connect_ex(("127.0.0.1", self.port)) == 0:
@@ -57,6 +57,9 @@ class Remains:
             holders = [pid for pid in pids if _memory_files(pid) & self.memory_files]
             found += [f"memory file held by process {pid}" for pid in holders]
         return found
+
+    def _is_segment(self, name: str) -> bool:
+        return name.removeprefix("sem.").startswith(f"{self.run_dir.name}.")
 
 
 def _lives(process: psutil.Process) -> bool:

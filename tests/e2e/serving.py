@@ -19,6 +19,8 @@ from typing import Any
 import aiohttp
 import psutil
 
+from tests.leaks import LeakBaseline
+
 START_DEADLINE_S = 180.0
 STOP_DEADLINE_S = 30.0
 
@@ -133,6 +135,17 @@ def serving(
         yield server
     finally:
         server.stop()
+
+
+@contextlib.contextmanager
+def serving_a_module(
+    leak_baseline: LeakBaseline, log_dir: Path, *arguments: str
+) -> Iterator[ServeProcess]:
+    """The same for the tests of a module: it is no leak of the one that it starts with."""
+    with serving(log_dir, *arguments) as server:
+        leak_baseline.own_process(server.process.pid)
+        leak_baseline.own_path(server.run_dir())
+        yield server
 
 
 def run_to_end(

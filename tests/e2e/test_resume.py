@@ -10,18 +10,19 @@ import asyncio
 import os
 import random
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import aiohttp
 import pytest
 
 from tests.e2e.following import Follower, Outcome, all_ready, client_session, until_state, worker
-from tests.e2e.serving import ServeProcess, serving, until_idle
+from tests.e2e.serving import ServeProcess, serving_a_module, until_idle
 from tests.leaks import LeakBaseline
 
 pytestmark = pytest.mark.timeout(300)
 NUM_TOKENS = 400
+End = Callable[[aiohttp.ClientSession, str, dict[str, Any]], Awaitable[None]]
 # `fast` begins again with what was emitted as prompt, the others step by step.
 KINDS: dict[str, dict[str, Any]] = {
     "fast": {},
@@ -41,9 +42,7 @@ def mortal(
     folder = tmp_path_factory.mktemp("mortal")
     shape = ("--prefill", "1", "--decode", "2", "--route", "split", "--dtype", "float32")
     names = ("--served-model-name", "tiny", "--log-dir", str(folder), "--cpu-threads", "1")
-    with serving(folder, random_model_dir, *names, *shape) as process:
-        leak_baseline.own_process(process.process.pid)
-        leak_baseline.own_path(process.run_dir())
+    with serving_a_module(leak_baseline, folder, random_model_dir, *names, *shape) as process:
         yield process
 
 
@@ -77,21 +76,33 @@ async def _until_seen_dead(url: str, dead: dict[str, Any]) -> None:
     await until_state(url, lambda s: worker(s, dead["id"])["pid"] != dead["pid"])
 
 
+async def _kill(session: aiohttp.ClientSession, url: str, busiest: dict[str, Any]) -> None:
+    os.kill(busiest["pid"], signal.SIGKILL)
+
+
+async def _restart_now(session: aiohttp.ClientSession, url: str, busiest: dict[str, Any]) -> None:
+    """Without any time to finish what it has."""
+    wish = {"worker": busiest["id"], "timeout_s": 0}
+    async with session.post(f"{url}/admin/restart", json=wish) as answer:
+        assert answer.status == 202, await answer.text()
+
+
+@pytest.mark.parametrize("end", [_kill, _restart_now])
 async def test_every_kind_of_answer_goes_on(
-    mortal: ServeProcess, session: aiohttp.ClientSession
+    mortal: ServeProcess, session: aiohttp.ClientSession, end: End
 ) -> None:
     url = mortal.url
     undisturbed = [await Follower(session, url, body) for body in _bodies()]
     for outcome in undisturbed:
         assert len(outcome.token_ids) > 300, outcome
     running = [Follower(session, url, body) for body in _bodies()]
-    num_restarts = 0
+    num_restarts = (await until_state(url, all_ready))["num_restarts"]
     for round_number in range(3):
         await _until_tokens(running, 60 * (round_number + 1))
         state = await until_state(url, all_ready)
         busiest = max(state["workers"], key=lambda one: one["scheduled"]["num_decoding"])
         assert busiest["scheduled"]["num_decoding"] > 1, state
-        os.kill(busiest["pid"], signal.SIGKILL)
+        await end(session, url, busiest)
         await _until_seen_dead(url, busiest)
         state = await until_state(url, all_ready)
         assert state["num_restarts"] > num_restarts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,34 @@ async def flips(tmp_path: Path, model: str, num_flips: int) -> None:
             assert min(counts) >= 1
             await until_idle(process.url)
         process.stop()
+
+
+async def test_every_worker_is_restarted_under_load(tmp_path: Path, random_model_dir: str) -> None:
+    """Each has time to finish what it has, so that no answer moves."""
+    names = ("--served-model-name", "tiny", "--log-dir", str(tmp_path))
+    shape = ("--prefill", "1", "--decode", "2", "--route", "split", "--dtype", "float32")
+    with serving(tmp_path, random_model_dir, *names, *shape) as process:
+        async with client_session() as session:
+            expected = [(await Follower(session, process.url, b)).answer for b in prompts()]
+            stop = asyncio.Event()
+            clients = [
+                asyncio.create_task(answers_until(stop, session, process.url, expected, 5 * i))
+                for i in range(NUM_CLIENTS)
+            ]
+            for name in ("prefill-0", "decode-0", "decode-1"):
+                wish = {"worker": name, "timeout_s": 100.0}
+                async with session.post(f"{process.url}/admin/restart", json=wish) as answer:
+                    assert answer.status == 202, await answer.text()
+                await until_state(process.url, partial(is_anew, name))
+            stop.set()
+            await asyncio.gather(*clients)
+            await until_idle(process.url)
+        process.stop()
+
+
+def is_anew(name: str, state: dict[str, Any]) -> bool:
+    one = worker(state, name)
+    return bool(one["state"] == "ready" and one["generation"] == 2)
 
 
 async def test_flips_under_load(tmp_path: Path, random_model_dir: str) -> None:

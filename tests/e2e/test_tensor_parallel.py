@@ -26,7 +26,7 @@ import pytest
 
 from tests.e2e.following import State, all_ready, until_state, worker
 from tests.e2e.remains import Remains
-from tests.e2e.serving import ServeProcess, complete_all, get_json, serving, until_idle
+from tests.e2e.serving import ServeProcess, complete_all, get_json, serving_a_module, until_idle
 from tests.leaks import LeakBaseline
 
 OUTPUT_TOKENS = 16
@@ -46,9 +46,7 @@ def pair(
 ) -> Iterator[ServeProcess]:
     """One prefill and one decode worker of two ranks each."""
     folder = tmp_path_factory.mktemp("ranks")
-    with serving(folder, random_model_dir, *_arguments(folder)) as process:
-        leak_baseline.own_process(process.process.pid)
-        leak_baseline.own_path(process.run_dir())
+    with serving_a_module(leak_baseline, folder, random_model_dir, *_arguments(folder)) as process:
         yield process
 
 

@@ -39,6 +39,9 @@ class Server:
     async def state(self) -> dict[str, Any]:
         return await get_json(f"{self.url}/debug/state")
 
+    async def ledger(self) -> dict[str, Any]:
+        return await get_json(f"{self.url}/debug/ledger")
+
     async def workers(self) -> dict[str, dict[str, Any]]:
         """What the state says of each worker, by its id."""
         return {worker["id"]: worker for worker in (await self.state())["workers"]}

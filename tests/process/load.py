@@ -57,6 +57,7 @@ class Request:
     choices: list[Choice]
     status: int = 0
     error: dict[str, Any] | None = None
+    usage: dict[str, Any] | None = None
     retry_after: str | None = None
     num_events: int = 0
     cancelled: bool = False
@@ -70,6 +71,7 @@ class Request:
         """A whole response."""
         for choice in body["choices"]:
             self._add(choice, body.get("prompt_token_ids"))
+        self.usage = body["usage"]
         self.done = True
 
     def see_event(self, event: dict[str, Any]) -> None:
@@ -79,6 +81,7 @@ class Request:
         if "error" in event:
             self.error = event["error"]
             return
+        self.usage = event.get("usage", self.usage)
         for choice in event["choices"]:
             self._add(choice, event.get("prompt_token_ids"))
 
@@ -117,6 +120,13 @@ class Request:
             assert choice.answer == self.expected(index, settings), self
             if "logprobs" in self.body:
                 assert choice.num_logprobs == len(choice.token_ids), self
+        if self.usage is not None:
+            assert self.usage["completion_tokens"] == self.num_tokens, self
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all answers together, as far as they came."""
+        return sum(len(choice.token_ids) for choice in self.choices)
 
     def check_so_far(self, settings: FakeSettings) -> None:
         """What came is the head of the right answer."""

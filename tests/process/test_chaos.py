@@ -11,8 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.process.box import Server, running, until
-from tests.process.chaos import Chaos
+from benchmarks.chaos_clients import FakeLoad
+from benchmarks.chaos_faults import Plan
+from benchmarks.chaos_figures import figures_of
+from benchmarks.chaos_storm import Storm, storm
+from tests.process.box import Server, running
 from tests.process.load import completion, random_prompt, random_request
 
 # Everything takes long enough to die in: the start, a prefill chunk, a pull, a decode step.
@@ -33,48 +36,40 @@ OPTIONS = {
     "lease_ttl": 0.1,
     "max_worker_restarts": 1000,
 }
-# The restart's back-off doubles with each death, so few deaths of many workers take least time.
-NUM_KILLS = 18
 # So many deaths on so few workers hit one request several times in a row, by chance.
-STORM = {**OPTIONS, "max_request_restarts": 30}
+STORM = {**OPTIONS, "max_request_restarts": 50, "hang_timeout": 0.8}
+NUM_CLIENTS = 24
+LONGEST_PROMPT, LONGEST_ANSWER = 150, 200
+# The restart's back-off doubles with each death, so few deaths of many workers take least time.
+NUM_DEATHS = 14
 FULL_ROUNDS = 12
 
 
-def num_children(server: Server) -> int:
-    """Processes below the master, those that nobody has waited for included."""
-    return len(server.master.children(recursive=True))
-
-
-async def storm(server: Server, seed: int, num_kills: int) -> Chaos:
-    """One storm, and what has to be true when it is over."""
-    num_descriptors = await server.num_descriptors()
-    chaos = Chaos(server, seed)
-    await chaos.run(num_kills)
-    workers = (await server.workers()).values()
-    for worker in workers:
-        await server.until_worker(worker["id"], "ready", 1 + chaos.kills[worker["id"]])
-    await server.idle(num_finished=chaos.tally.num_submitted)
-    assert all(worker["scheduled"]["num_seqs"] == 0 for worker in workers if worker["scheduled"])
-    await server.num_descriptors(expected=num_descriptors)
-
-    async def look() -> int:
-        return num_children(server)
-
-    await until(look, lambda number: number == 1 + len(workers))
+async def check_storm(server: Server, log: Path, seed: int, num_deaths: int) -> Storm:
+    """One storm; everything is right while it goes on and when it is over."""
+    plan = Plan(num_deaths, every_s=0.3, hang_timeout_s=0.8)
+    load = FakeLoad(server.settings, LONGEST_PROMPT, LONGEST_ANSWER)
+    done = await storm(server, load, plan, log, NUM_CLIENTS, seed)
+    assert done.problems == []
+    assert {request.verdict for request in done.asked} == {"right"}
     rng = random.Random(seed)
     after = [random_request(rng, 100, server.settings) for _ in range(40)]
     for request in await server.answer(*after):
         request.check_answered(server.settings)
     await server.idle()
-    return chaos
+    return done
 
 
+@pytest.mark.timeout(120)
 async def test_no_request_is_lost(tmp_path: Path) -> None:
-    with running(tmp_path, SLOW, prefill=3, decode=3, **STORM) as server:
-        chaos = await storm(server, seed=1, num_kills=NUM_KILLS)
-        tally = chaos.tally
-        assert tally.num_answered > NUM_KILLS
-        assert tally.num_cancelled > 0
+    log = tmp_path / "events"
+    with running(tmp_path, SLOW, prefill=3, decode=3, event_log=log, **STORM) as server:
+        done = await check_storm(server, log, seed=1, num_deaths=NUM_DEATHS)
+        figures = figures_of([done])
+        assert figures["kills"] == NUM_DEATHS
+        assert figures["requests"] > 3 * NUM_DEATHS
+        assert figures["cancelled"] > 0
+        assert {"exact", "fast", "from the start"} <= figures["streams_hit"].keys()
         assert (await server.state())["num_restarts"] > 0
         server.stop()
 
@@ -86,8 +81,9 @@ async def test_no_request_is_lost_in_many_storms(tmp_path: Path, seed: int) -> N
     rng = random.Random(seed)
     shape = {"prefill": rng.randint(1, 4), "decode": rng.randint(1, 4)}
     options = {**STORM, "route": rng.choice(["split", "auto", "whole"])}
-    with running(tmp_path, SLOW, **shape, **options) as server:
-        await storm(server, seed, num_kills=max(18, 4 * sum(shape.values())))
+    log = tmp_path / "events"
+    with running(tmp_path, SLOW, **shape, event_log=log, **options) as server:
+        await check_storm(server, log, seed, num_deaths=max(14, 3 * sum(shape.values())))
         server.stop()
 
 

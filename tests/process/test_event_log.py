@@ -12,7 +12,7 @@ from tests.process.load import random_request
 from tinfer.master.event_log import replay
 
 # Blocks for a handful of requests: preemption and waiting hand-offs happen all the time.
-TIGHT = {"num_blocks": 64, "block_tokens": 8, "step_s": 0.0005, "mean_output_tokens": 24, "seed": 5}
+TIGHT = {"num_blocks": 40, "block_tokens": 8, "step_s": 0.0005, "mean_output_tokens": 24, "seed": 5}
 NUM_REQUESTS = 200
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import random
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.process.box import running
-from tests.process.load import client, random_request, send
+from tests.e2e.serving import get_json
+from tests.process.box import running, until
+from tests.process.load import client, completion, random_request, send
 
 NUM_REQUESTS = 2000
 # Blocks for a handful of requests per worker, and small chunks: preemption, waiting hand-offs and
@@ -58,4 +61,36 @@ async def test_every_answer_is_right(tmp_path: Path, route: str, num_requests: i
             views = [worker["scheduled"] for worker in workers.values()]
             assert num_pulls <= sum(view["num_reprefilled"] for view in views)
         assert all(worker["generation"] == 1 for worker in workers.values())
+        server.stop()
+
+
+async def test_the_ledger_tells_what_the_processes_hold(tmp_path: Path) -> None:
+    """The numbers are the system's own, and streams that are over have given all of theirs back."""
+    with running(tmp_path, {"step_s": 0.01, "mean_output_tokens": 10_000}) as server:
+        await server.num_descriptors()
+        before = (await get_json(f"{server.url}/debug/ledger"))["holds"]
+        assert before["processes"].keys() == {"master", "prefill-0", "decode-0"}
+        answers = asyncio.create_task(
+            server.answer(*(completion([n], max_tokens=400) for n in range(20)))
+        )
+        await server.until_phase(decoding=20)
+        during = (await get_json(f"{server.url}/debug/ledger"))["holds"]
+        assert during["processes"]["master"]["fds"] >= before["processes"]["master"]["fds"] + 20
+        assert during["tasks"] >= before["tasks"] + 20
+        assert during["shared_memory_files"] == 0
+        shown_bytes = during["processes"]["master"]["rss_bytes"]
+        assert abs(shown_bytes - server.master.memory_info().rss) < 64 << 20
+        answers.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await answers
+        await server.idle()
+
+        async def held() -> dict[str, Any]:
+            return dict((await get_json(f"{server.url}/debug/ledger"))["holds"])
+
+        await until(held, lambda now: now["tasks"] <= before["tasks"])
+        await server.signal("decode-0", signal.SIGKILL)
+        await server.until_worker("decode-0", "ready", generation=2)
+        after = await held()
+        assert after["processes"].keys() == before["processes"].keys()
         server.stop()

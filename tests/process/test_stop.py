@@ -135,12 +135,3 @@ async def test_a_master_that_dies_takes_all_with_it(tmp_path: Path) -> None:
             await answers
         assert await ended(server) == -signal.SIGKILL
         gone(server, run_dir)
-
-
-async def test_a_master_that_dies_with_workers_that_stand_still(tmp_path: Path) -> None:
-    """A stopped worker cannot see that its master is gone; it is ended all the same."""
-    with running(tmp_path, SLOW) as server:
-        run_dir = server.process.run_dir()
-        await server.signal("decode-0", signal.SIGSTOP)
-        server.process.kill()
-        gone(server, run_dir)

@@ -25,6 +25,12 @@ ROOT = Path(__file__).resolve().parents[2]
 FIELDS = {field.name: field for field in msgspec.structs.fields(ServeConfig)}
 # What the options' types cannot say: a value within the bounds that is not the default.
 VALUES: dict[str, Any] = {
+    "api_key": ("one", "two"),
+    "allowed_origins": ("https://a", "https://b"),
+    "allowed_methods": ("GET", "POST"),
+    "allowed_headers": ("X-A", "X-B"),
+    "slo": ("ttft:500", "tpot:50.5"),
+    "request_timeout": 2.5,
     "port": 81,
     "gpu_memory_utilization": 0.5,
     "ttft_deadline": 1.5,

@@ -40,6 +40,10 @@ def test_the_defaults_are_a_configuration() -> None:
     [
         ("port", -1),
         ("port", 65536),
+        ("ssl_cert_reqs", 3),
+        ("ssl_cert_reqs", -1),
+        ("uds", 1),
+        ("api_key", "one"),
         ("prefill", -1),
         ("decode", -1),
         ("tensor_parallel_size", 0),
@@ -96,6 +100,16 @@ def test_an_unknown_option_is_an_error() -> None:
 def test_options_that_contradict_each_other(values: dict[str, Any], words: str) -> None:
     with pytest.raises(StartError, match=words):
         load(values)
+
+
+@pytest.mark.parametrize("name", ["allowed_origins", "allowed_methods", "allowed_headers"])
+def test_lists_as_vllm_takes_them(name: str) -> None:
+    """One JSON list, or the option several times, or both."""
+    config = load({name: ('["a", "b"]', "c", " []")})
+    assert getattr(config, name) == ("a", "b", "c")
+    for bad in ('["a"', "[1]", '[["a"]]'):
+        with pytest.raises(StartError, match=f"--{name.replace('_', '-')}: .* no JSON list"):
+            load({name: (bad,)})
 
 
 @pytest.mark.parametrize("route", ["auto", "whole"])

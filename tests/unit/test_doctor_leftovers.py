@@ -164,6 +164,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def alive(runtime: Path) -> Iterator[Path]:
     """The run directory of a server that lives: this process."""
     directory = RunDirectory()
+    directory.make()
     try:
         assert directory.path.parent == runtime
         yield directory.path

@@ -9,6 +9,7 @@ import pytest
 
 from tests.unit.core_box import PLAIN
 from tests.unit.master_box import D, DispatcherBox, P
+from tinfer.core.events import Tick
 from tinfer.core.types import SchedulerConfig
 from tinfer.errors import StartError
 from tinfer.master.event_log import DifferentActions, EventLog, replay
@@ -34,6 +35,16 @@ async def test_a_log_is_replayed_to_the_same_actions(tmp_path: Path) -> None:
     # Two workers are expected and come up; each request arrives, is prefilled in a step and
     # cancelled.
     assert replay(tmp_path / "log") == 2 * 2 + 9 * 4
+
+
+async def test_who_follows_a_log_sees_each_event_as_it_happens(tmp_path: Path) -> None:
+    """So does who looks after the master was killed."""
+    path = tmp_path / "log"
+    log = EventLog(path, SchedulerConfig(**PLAIN))
+    assert len(path.read_bytes().splitlines()) == 1
+    log.add(1.0, Tick(), [])
+    assert path.read_bytes().splitlines()[1:] == [b'[1.0,{"type":"Tick"},[]]']
+    log.close()
 
 
 async def test_other_actions_than_the_logged_ones_are_told_by_their_line(tmp_path: Path) -> None:

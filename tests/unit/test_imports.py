@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 # No part of tinfer below them; every part may use them.
-LEAVES = {"cgroup", "clock", "errors", "tiny_model"}
+LEAVES = {"cgroup", "clock", "errors", "tiny_model", "unix_socket"}
 MAY_USE = {
     "core": set[str](),
     "wire": {"core"},
@@ -28,6 +28,7 @@ MAY_USE = {
     "config": set[str](),
     "client": set[str](),
     "chat": {"client"},
+    "admin": {"client"},
     "workloads": {"core"},
     "worker": {"wire", "core", "config"},
     "master": {"api", "wire", "core", "predict", "tune", "config"},
@@ -46,7 +47,8 @@ CLI_AT_IMPORT = {"click", "msgspec", "tinfer.cli", "tinfer.clock", "tinfer.confi
 VERSION = "tinfer.__version__"
 PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "shelve", "marshal"}
 VLLM_OUTSIDE_WORKER = {"tinfer.api.vllm_parsers"}
-TORCH_OUTSIDE_WORKER = {"tinfer.tiny_model.train"}  # run by hand, imported by nothing
+# Run by hand, imported by nothing else.
+TORCH_OUTSIDE_WORKER = {"tinfer.tiny_model.train", "tinfer.tiny_model.attention"}
 # Loaded on their own in a fresh interpreter: what serves HTTP and decides must not load engines.
 WITHOUT_ENGINE = [
     "tinfer.cli",

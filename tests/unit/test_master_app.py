@@ -9,6 +9,8 @@ import msgspec
 import pytest
 
 from tests.wire.samples import TO_MASTER
+from tinfer.api.cors import Cors
+from tinfer.api.keys import ApiKeys
 from tinfer.api.service import Generation, ModelCard
 from tinfer.config import load
 from tinfer.core.sampling import SamplingSpec
@@ -16,6 +18,7 @@ from tinfer.core.types import Role
 from tinfer.errors import StartError
 from tinfer.master import app
 from tinfer.master.cores import CoreClaims, UsableCores
+from tinfer.master.front import Front
 from tinfer.master.host_memory import HostMemory
 from tinfer.master.listener import bind
 from tinfer.master.plan import Surroundings, decide
@@ -35,6 +38,9 @@ class NoProcesses:
         self.slots = {p.worker_id: WorkerSlot(p) for p in placements}
         self.notes: set[str] = set()
 
+    def start_imports(self) -> None:
+        return
+
     async def stop(self, _ask: Callable[[Incarnation], None]) -> None:
         return
 
@@ -47,7 +53,8 @@ class Master:
         claims = CoreClaims(UsableCores((0,), 1), prefix="tinfer-test-master-app-")
         decision = decide(config, Surroundings(claims, [], HostMemory(1 << 40, 1 << 40)))
         claims.close()
-        self.server = app.Server(config, decision, bind("127.0.0.1", 0))
+        front = Front(bind("127.0.0.1", 0), None, ApiKeys(), Cors())
+        self.server = app.Server(config, decision, front)
         self.slots: dict[str, WorkerSlot] = self.server._supervisor.slots
 
     def up(self, worker_id: str, kv_format: Mapping[str, str], max_model_len: int = 64) -> None:
@@ -183,7 +190,13 @@ async def test_the_longest_request_is_the_least_of_all_workers_also_after_a_rest
     master.up("decode-0", BF16)
     card = ModelCard(names=("m",), root="/m", max_model_len=64, vocab_size=9, created_s=0)
     server._service = service = MasterService(
-        server._dispatcher, server._scheduler, server._supervisor, card, server._lag
+        server._dispatcher,
+        server._scheduler,
+        server._supervisor,
+        server._rolling,
+        card,
+        server._lag,
+        server._run_dir.path.name,
     )
     for max_model_len, served in ((100, 64), (48, 48), (64, 48)):
         master.down("decode-0")

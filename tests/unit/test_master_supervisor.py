@@ -16,7 +16,7 @@ from tinfer.master import supervisor as module
 from tinfer.master.placement import Placement
 from tinfer.master.rundir import RunDirectory
 from tinfer.master.supervisor import Life, Supervisor, WorkerSlot
-from tinfer.wire.control import Forked, WorkerSpec
+from tinfer.wire.control import Forked, Imported, WorkerSpec
 from tinfer.wire.links import Incarnation
 from tinfer.wire.messages import Ready
 
@@ -29,6 +29,10 @@ class Orders:
 
     def __init__(self, *_: object) -> None:
         self.specs: list[WorkerSpec] = []
+        self.num_kills = 0
+
+    def kill(self) -> None:
+        self.num_kills += 1
 
     def fork(self, spec: WorkerSpec) -> None:
         self.specs.append(spec)
@@ -112,3 +116,17 @@ async def test_a_worker_of_an_order_that_was_given_up_is_ended(fleet: Fleet) -> 
     assert fleet.process.wait(10) == -9
     assert (fleet.slot.life, fleet.slot.pid) == (Life.STARTING, None)
     assert fleet.down == []
+
+
+@pytest.mark.parametrize("has_imported", [False, True])
+async def test_an_import_process_that_does_not_come_to_an_order_is_replaced(
+    fleet: Fleet, has_imported: bool
+) -> None:
+    """One whose first imports take too long is not started over: the next would be as slow."""
+    orders = fleet.supervisor._zygote
+    assert isinstance(orders, Orders)
+    if has_imported:
+        fleet.supervisor._control(Imported(1.0))
+    fleet.supervisor._start_too_slow(fleet.slot)
+    assert orders.num_kills == has_imported
+    assert fleet.slot.life is Life.DEAD

@@ -28,7 +28,7 @@ from tinfer.master.rundir import (
 ROOT = Path(__file__).resolve().parents[2]
 HOLDER = (
     "import sys\nfrom tinfer.master.rundir import RunDirectory\n"
-    "run = RunDirectory(4321)\nprint(run.path, flush=True)\nsys.stdin.read()\n"
+    "run = RunDirectory(4321)\nrun.make()\nprint(run.path, flush=True)\nsys.stdin.read()\n"
 )
 
 
@@ -45,8 +45,23 @@ def box(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield folder
 
 
+def made(port: int = 0) -> RunDirectory:
+    run = RunDirectory(port)
+    run.make()
+    return run
+
+
+def test_it_is_not_there_before_it_is_made(box: Path) -> None:
+    run = RunDirectory()
+    assert list((box / "run").iterdir()) == []
+    run.remove()
+    run.make()
+    assert list((box / "run").iterdir()) == [run.path]
+    run.remove()
+
+
 def test_it_is_private_holds_sockets_and_goes_whole(box: Path) -> None:
-    run = RunDirectory(80)
+    run = made(80)
     assert run.path.parent == box / "run"
     assert stat.S_IMODE(run.path.stat().st_mode) == 0o700
     assert Path(run.socket_path).parent == run.path
@@ -58,7 +73,7 @@ def test_it_is_private_holds_sockets_and_goes_whole(box: Path) -> None:
 
 
 def test_an_owner_record_names_the_process_and_the_port(box: Path) -> None:
-    run = RunDirectory(80)
+    run = made(80)
     try:
         (found,) = run_directories()
         assert found == FoundDirectory(run.path, os.getpid(), 80, True)
@@ -123,7 +138,7 @@ def test_an_unfit_runtime_directory_gives_way_to_the_temporary_one(
             monkeypatch.setattr(
                 rundir, "_owner_uid", lambda path: real + 1 if path.endswith("run") else real
             )
-    run = RunDirectory()
+    run = made()
     try:
         assert run.path.parent == box / "tmp"
         assert [found.path for found in run_directories()] == [run.path]
@@ -145,12 +160,12 @@ def test_a_full_disk_leaves_nothing_half_made(box: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(os, "write", full)
     with pytest.raises(StartError, match=r"cannot make a run directory in .*No space left"):
-        RunDirectory()
+        made()
     assert list((box / "run").iterdir()) == []
 
 
 def test_socket_paths_fit_even_for_a_rank_that_makes_its_own(box: Path) -> None:
-    run = RunDirectory()
+    run = made()
     try:
         name = "12345678-1234-1234-1234-123456789abc"
         assert len(os.fsencode(Path(run.temp_path, name))) <= MAX_SOCKET_PATH_BYTES

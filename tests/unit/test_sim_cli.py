@@ -89,7 +89,7 @@ def read_fields() -> set[str]:
 def test_every_option_that_decides_is_there_and_no_other() -> None:
     assert (
         set(sim_options.policy_names())
-        == (read_fields() - {"seed", "max_request_restarts"}) | OF_ENGINES
+        == (read_fields() - {"seed", "max_request_restarts", "slo_s"}) | OF_ENGINES
     )
     assert sim_options.NOT_SIMULATED <= set(ServeConfig.__struct_fields__)
 

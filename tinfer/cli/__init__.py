@@ -11,6 +11,8 @@ _COMMANDS = {
     "serve": "Serve a model on an OpenAI-compatible API.",
     "chat": "Chat in the terminal with a server, or with one started for it.",
     "bench": "Measure a running server, and draw what was measured.",
+    "drain": "Take a worker of a running server out of service; no stream is lost.",
+    "restart": "Start a worker of a running server anew; no stream is lost.",
     "tune": "Measure this box for a model: what a step and a hand-off cost, and the chunk size.",
     "doctor": "Check this box, and say what to do about what it lacks.",
     "simulate": "Simulate tinfer on a box that need not be there, and what it is compared with.",

@@ -8,11 +8,13 @@ from pathlib import Path
 import click
 
 from tinfer.cli.ending import ended
+from tinfer.cli.key import api_key_option
 
 
 @click.command("chat")
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[MODEL] [-- SERVE_OPTIONS]")
 @click.option("--url", help="Chat with the server that runs there, instead of starting one.")
+@api_key_option()
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Tokens of an answer, at most.")
 @click.option("--temperature", type=click.FloatRange(min=0), help="0 is greedy.")
@@ -25,6 +27,7 @@ from tinfer.cli.ending import ended
 def command(
     words: tuple[str, ...],
     url: str | None,
+    api_key: str | None,
     system: str | None,
     max_tokens: int | None,
     temperature: float | None,
@@ -47,6 +50,7 @@ def command(
     options = ChatOptions(
         model=model,
         url=url,
+        api_key=api_key or None,
         serve_options=rest,
         system=system,
         max_tokens=max_tokens,

@@ -70,7 +70,7 @@ def _default(value: Any) -> str:
         return "–"
     if isinstance(value, bool):
         return "on" if value else "off"
-    return f"`{value}`"
+    return f"`{' '.join(value) if isinstance(value, tuple) else value}`"
 
 
 def replaced(text: str) -> str:

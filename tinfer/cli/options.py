@@ -63,7 +63,9 @@ def _option(name: str, hint: Any, default: Any) -> _Decorator:
         flag = f"{flag}/--no-{flag[2:]}"
         return click.option(flag, name, default=default, show_default=True, help=description)
     if base is tuple:
-        return click.option(flag, name, multiple=True, help=description)
+        return click.option(
+            flag, name, multiple=True, default=default, show_default=bool(default), help=description
+        )
     if base is dict:
         return click.option(
             flag, name, multiple=True, metavar="NAME=VALUE", callback=number_pairs, help=description

@@ -23,11 +23,13 @@ _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 # What only a real server has. Every other option of `tinfer serve` is simulated.
 NOT_SIMULATED = frozenset(
-    ("model", "revision", "host", "port", "served_model_name")
+    ("model", "revision", "host", "port", "uds", "served_model_name", "api_key", "api_key_file")
+    + ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs")
+    + ("allowed_origins", "allowed_methods", "allowed_headers", "allow_credentials")
     + ("prefill_devices", "decode_devices", "kv_transport", "tensor_parallel_size", "cpu_threads")
     + ("dtype", "max_model_len", "block_size", "gpu_memory_utilization", "kv_cache_memory_bytes")
     + ("enforce_eager", "trust_remote_code", "chat_template", "strict_params")
-    + ("shutdown_timeout", "start_timeout", "lease_ttl", "hang_timeout")
+    + ("slo", "request_timeout", "shutdown_timeout", "start_timeout", "lease_ttl", "hang_timeout")
     + ("max_worker_restarts", "max_request_restarts")
     + ("log_dir", "event_log", "verbose", "engine", "fake_engine")
 )

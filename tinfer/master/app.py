@@ -7,16 +7,17 @@ import contextlib
 import ctypes
 import gc
 import logging
+import os
 import signal
-import socket
 import time
-from collections.abc import Coroutine, Iterator
 from pathlib import Path
 
 import uvloop
 from aiohttp import web
 
 from tinfer import __version__
+from tinfer.api.connection import connections
+from tinfer.api.limits import KEEP_ALIVE_S
 from tinfer.api.options import ApiOptions
 from tinfer.api.render import Renderer
 from tinfer.api.sampling import load_sampling_defaults
@@ -32,14 +33,16 @@ from tinfer.errors import NoWorker, StartError, TinferError
 from tinfer.master import report, transport
 from tinfer.master.cores import CoreClaims
 from tinfer.master.event_log import EventLog
+from tinfer.master.front import Front, open_front
 from tinfer.master.hangs import HangWatch
 from tinfer.master.lag import LagMeter
 from tinfer.master.limits import client_descriptors, raise_descriptor_limit
-from tinfer.master.listener import Door, bind
+from tinfer.master.listener import Door
 from tinfer.master.loop import Dispatcher
 from tinfer.master.pairing import Pairs, pair
 from tinfer.master.plan import Decision
 from tinfer.master.preparation import prepare
+from tinfer.master.rolling import Rolling
 from tinfer.master.rundir import RunDirectory
 from tinfer.master.scheduling import predictor_of, scheduler_config
 from tinfer.master.service import MasterService, Mood
@@ -69,16 +72,19 @@ def run(config: ServeConfig) -> int:
     # Workers whose import process dies become our children, so that their end can be reaped.
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     raise_descriptor_limit()
-    with bind(config.host, config.port) as listener, contextlib.closing(CoreClaims()) as claims:
+    with (
+        open_front(config, os.environ) as (config, front),
+        contextlib.closing(CoreClaims()) as claims,
+    ):
         try:
             config, decision = prepare(config, claims)
         except KeyboardInterrupt:
             return _EXIT_INTERRUPTED
-        return uvloop.run(_serve(config, decision, listener))
+        return uvloop.run(_serve(config, decision, front))
 
 
-async def _serve(config: ServeConfig, decision: Decision, listener: socket.socket) -> int:
-    server = Server(config, decision, listener)
+async def _serve(config: ServeConfig, decision: Decision, front: Front) -> int:
+    server = Server(config, decision, front)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, server.on_signal)
@@ -94,9 +100,9 @@ async def _serve(config: ServeConfig, decision: Decision, listener: socket.socke
 class Server:
     """All parts of the master and their wiring."""
 
-    def __init__(self, config: ServeConfig, decision: Decision, listener: socket.socket) -> None:
+    def __init__(self, config: ServeConfig, decision: Decision, front: Front) -> None:
         self._config = config
-        self._listener = listener
+        self._front = front
         self.model_dir, self._names = decision.model.directory, decision.model.names
         self._placements = placements = decision.placements
         self._pairs: Pairs | None = None
@@ -105,18 +111,8 @@ class Server:
         chosen = scheduler_config(config, CostModel() if tuning is None else tuning.costs)
         # Before there is anything on the disk that would have to go again.
         event_log = None if config.event_log is None else EventLog(Path(config.event_log), chosen)
-        self._door = Door(listener, client_descriptors(len(placements)))
-        self._run_dir = RunDirectory(listener.getsockname()[1])
-        self._link = MasterLink(self._run_dir.socket_path, self._on_message)
-        self._scheduler = Scheduler(chosen)
-        self._dispatcher = Dispatcher(
-            self._scheduler,
-            self._link.send,
-            MonotonicClock(),
-            config.lease_ttl,
-            predictor_of(config),
-        )
-        self._dispatcher.event_log = event_log
+        self._door = Door(front.listener, client_descriptors(len(placements)), front.tls)
+        self._run_dir = RunDirectory(front.port)
         self._supervisor = Supervisor(
             config,
             placements,
@@ -127,10 +123,24 @@ class Server:
             self._worker_given_up,
             self._changed,
         )
+        # First, so that there is who removes the directory whenever this process dies.
+        self._supervisor.start_imports()
+        self._run_dir.make()
+        self._link = MasterLink(self._run_dir.socket_path, self._on_message)
+        self._scheduler = Scheduler(chosen)
+        self._dispatcher = Dispatcher(
+            self._scheduler,
+            self._link.send,
+            MonotonicClock(),
+            config.lease_ttl,
+            predictor_of(config),
+        )
+        self._dispatcher.event_log = event_log
         for placement in placements:
             self._dispatcher.worker_event(
                 events.WorkerExpected(placement.worker_id, placement.role)
             )
+        self._rolling = Rolling(self._dispatcher, self._supervisor, self._link.send)
         self._hangs = HangWatch(self._supervisor, self._link.send, config.hang_timeout)
         self._all_ready = asyncio.get_running_loop().create_future()
         self._service: MasterService | None = None
@@ -145,7 +155,6 @@ class Server:
 
     async def start(self) -> None:
         """Returns when requests are served. Raises `StartError`, or returns early on a signal."""
-        self._supervisor.start_imports()
         self._changed()
         choice = await transport.choose(self._config, self._placements)
         self._supervisor.start_workers(choice.name)
@@ -170,35 +179,42 @@ class Server:
             created_s=int(time.time()),
         )
         self._service = MasterService(
-            self._dispatcher, self._scheduler, self._supervisor, card, self._lag
+            self._dispatcher,
+            self._scheduler,
+            self._supervisor,
+            self._rolling,
+            card,
+            self._lag,
+            self._run_dir.path.name,
         )
         options = ApiOptions(
             version=__version__,
             strict_params=self._config.strict_params,
+            request_timeout_s=self._config.request_timeout,
+            api_keys=self._front.keys,
+            cors=self._front.cors,
             sampling_defaults=load_sampling_defaults(Path(self.model_dir)),
         )
         self._runner = create_runner(create_app(self._service, renderer, options))
         await self._runner.setup()
-        assert self._runner.server is not None
         # What is there for good: a full collection would go through all of it, 30 ms and more in
         # which no stream moves.
         gc.collect()
         gc.freeze()
-        self._door.open(self._runner.server)
+        self._door.open(connections(self._runner, KEEP_ALIVE_S))
         self._service.mood = Mood.SERVING
-        self._tickers = [asyncio.create_task(one) for one in self._tasks()]
-        host, port = self._listener.getsockname()[:2]
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        endless = (self._tick(), self._lag.run(), self._hangs.run())
+        self._tickers = [asyncio.create_task(one) for one in endless]
         report.show(
             report.ready_block(
-                self._config, self._supervisor, choice, url, self._names[0], self._report.elapsed_s
+                self._config,
+                self._supervisor,
+                choice,
+                self._front,
+                self._names[0],
+                self._report.elapsed_s,
             )
         )
-
-    def _tasks(self) -> Iterator[Coroutine[None, None, None]]:
-        yield self._tick()
-        yield self._lag.run()
-        yield self._hangs.run()
 
     async def _tick(self) -> None:
         """Let the scheduler look at what only time changes."""
@@ -316,6 +332,7 @@ class Server:
         error: TinferError = NoWorker("the server is stopping")
         for ticker in self._tickers:
             ticker.cancel()
+        self._rolling.close()
         self._dispatcher.fail_all(error)
         self._door.close()
         if self._runner is not None:

@@ -34,7 +34,11 @@ def check_writable(path: Path) -> None:
 
 class EventLog:
     """Appends to one file, which is made anew. Raises `StartError` where it cannot be written; a
-    disk that is full later on ends the log, not the server."""
+    disk that is full later on ends the log, not the server.
+
+    Each line is with the kernel before the next event: whoever follows the file sees what has
+    happened, and a master that is killed leaves what it saw last.
+    """
 
     def __init__(self, path: Path, config: SchedulerConfig) -> None:
         try:
@@ -58,6 +62,7 @@ class EventLog:
     def _write(self, line: bytes) -> None:
         try:
             self._file.write(line + b"\n")
+            self._file.flush()
         except OSError:
             self.close()
 

@@ -11,14 +11,17 @@ import asyncio
 import errno
 import logging
 import socket
+import ssl
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import msgspec
 
+from tinfer import unix_socket
 from tinfer.api.failures import error_body
 from tinfer.errors import NoWorker, StartError
 from tinfer.master import conflicts
+from tinfer.master.tls import HANDSHAKE_TIMEOUT_S, SHUTDOWN_TIMEOUT_S
 
 log = logging.getLogger(__name__)
 
@@ -53,15 +56,33 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def bind_unix(path: str) -> socket.socket:
+    """The same at a path. Raises `StartError`."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        unix_socket.bind_socket(listener, path)
+        listener.listen(_BACKLOG)
+        listener.setblocking(False)
+    except (unix_socket.UnusablePath, OSError) as error:
+        listener.close()
+        why = error.strerror if isinstance(error, OSError) else error
+        raise StartError(f"--uds {path} cannot be used: {why}") from error
+    return listener
+
+
 class Door:
     """Accepts connections from `listener`, which it closes at the end.
 
-    A connection whose descriptor would be `end_descriptor` or higher is refused.
+    A connection whose descriptor would be `end_descriptor` or higher is refused. With `tls` each is
+    wrapped in it; one whose handshake fails or does not end in time is closed.
     """
 
-    def __init__(self, listener: socket.socket, end_descriptor: int) -> None:
+    def __init__(
+        self, listener: socket.socket, end_descriptor: int, tls: ssl.SSLContext | None = None
+    ) -> None:
         self._listener = listener
         self._end = end_descriptor
+        self._tls = tls
         self._loop = asyncio.get_running_loop()
         self._factory: Factory | None = None
         self._refusals: set[_Refusal] = set()
@@ -84,6 +105,8 @@ class Door:
         self._listener.close()
         for refusal in list(self._refusals):
             refusal.end()
+        for task in self._tasks:
+            task.cancel()
 
     def _accept(self) -> None:
         for _ in range(_BATCH):
@@ -109,7 +132,7 @@ class Door:
             self._refuse(client, "the server is starting")
         else:
             self._is_full = False
-            self._connect(self._factory, client)
+            self._connect(self._factory, client, HANDSHAKE_TIMEOUT_S)
 
     def _refuse(self, client: socket.socket, why: str) -> None:
         if len(self._refusals) >= _MAX_REFUSALS:
@@ -117,18 +140,30 @@ class Door:
             return
         refusal = _Refusal(why, self._refusals.discard)
         self._refusals.add(refusal)
-        self._connect(lambda: refusal, client)
+        self._connect(lambda: refusal, client, _REFUSAL_S)
 
-    def _connect(self, factory: Factory, client: socket.socket) -> None:
+    def _connect(self, factory: Factory, client: socket.socket, handshake_s: float) -> None:
+        wrapped: dict[str, Any] = {}
+        if self._tls is not None:
+            wrapped = {
+                "ssl": self._tls,
+                "ssl_handshake_timeout": handshake_s,
+                "ssl_shutdown_timeout": SHUTDOWN_TIMEOUT_S,
+            }
         task: asyncio.Task[object] = self._loop.create_task(
-            self._loop.connect_accepted_socket(factory, client)
+            self._loop.connect_accepted_socket(factory, client, **wrapped)
         )
         self._tasks.add(task)
         task.add_done_callback(self._connected)
 
     def _connected(self, task: asyncio.Task[object]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if self._tls is not None and isinstance(error, OSError):
+            # Whoever scans a port, or speaks plain HTTP to it, does this: nothing for the log.
+            log.debug("no TLS with a client: %s", error)
+        else:
             log.error("a connection could not be taken", exc_info=error)
 
     def _rest(self, error: OSError) -> None:

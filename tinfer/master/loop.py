@@ -46,8 +46,6 @@ Send = Callable[[Incarnation, wire.ToWorker], None]
 
 # Of a prefill that is there for its blocks alone: no answer ends with this token.
 NO_ANSWER = SamplingSpec(max_tokens=1, temperature=0.0, ignore_eos=True)
-
-
 # A client that is sent away for longer than this asks too late.
 MAX_RETRY_AFTER_S = 60.0
 
@@ -87,6 +85,7 @@ class Dispatcher:
         self._predictor = predictor
         self.event_log: EventLog | None = None
         self._refused_role: str | None = None
+        self.on_drained: Callable[[Incarnation], None] = _nobody_drains
         # Tokens per KV block, once a worker with a prefix cache has said; without it no prefix is
         # told from another.
         self.block_tokens: int | None = None
@@ -169,7 +168,12 @@ class Dispatcher:
     # --- workers ------------------------------------------------------------------------------
 
     def worker_event(
-        self, event: events.WorkerUp | events.WorkerDown | events.WorkerExpected | events.WorkerGone
+        self,
+        event: events.WorkerUp
+        | events.WorkerDown
+        | events.WorkerExpected
+        | events.WorkerGone
+        | events.DrainAsked,
     ) -> None:
         """The fleet has changed."""
         if isinstance(event, events.WorkerDown):
@@ -356,6 +360,8 @@ class Dispatcher:
                 self.changed_roles[worker_id] = role
             case events.RoleRefused(_, _, reason):
                 self._refused_role = reason
+            case events.Drained(worker_id, generation):
+                self.on_drained(Incarnation(worker_id, generation))
             case events.ReleaseLease(key):
                 self._send(_owner(key), wire.ReleaseLease(_lease(key)))
             case events.ExtendLease(key):
@@ -403,6 +409,10 @@ class Dispatcher:
             self.num_finished += 1
 
 
+def _nobody_drains(worker: Incarnation) -> None:
+    raise AssertionError(f"{worker.worker_id} has drained, and nobody asked for it")
+
+
 def _deliver(live: LiveRequest, output: wire.Output, clock: Clock) -> None:
     """Push what the client lacks of an output."""
     num_tokens = live.attempt.num_moved + output.num_output_tokens
@@ -446,7 +456,7 @@ def _trace(live: LiveRequest, now_s: float) -> Trace:
 
 
 def _error_of(fail: events.Fail) -> TinferError:
-    if fail.cause == "queue-full":
+    if fail.cause in ("queue-full", "slo"):
         return Overloaded(fail.message, min(MAX_RETRY_AFTER_S, fail.retry_after_s))
     if fail.cause == "no-worker":
         return NoWorker(fail.message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 import click
@@ -13,9 +14,9 @@ from tinfer.master import hub, plan
 from tinfer.master.conflicts import check_gpus
 from tinfer.master.cores import CoreClaims
 from tinfer.master.event_log import check_writable
+from tinfer.master.front import open_front
 from tinfer.master.hub_fetch import fetch
 from tinfer.master.limits import client_descriptors, raise_descriptor_limit
-from tinfer.master.listener import bind
 from tinfer.master.plan import Decision, Plan
 from tinfer.master.tuned import stored_tuning
 
@@ -42,7 +43,10 @@ def dry_run(config: ServeConfig) -> Plan:
 
     Raises `StartError` where a start would end with one before its first process.
     """
-    with bind(config.host, config.port), contextlib.closing(CoreClaims()) as claims:
+    with (
+        open_front(config, dict(os.environ)) as (config, _),
+        contextlib.closing(CoreClaims()) as claims,
+    ):
         _, decision = _decide(config, claims)
         raise_descriptor_limit()
         client_descriptors(len(decision.placements))

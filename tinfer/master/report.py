@@ -9,6 +9,7 @@ import click
 
 from tinfer import __version__
 from tinfer.config import ServeConfig
+from tinfer.master.front import Front
 from tinfer.master.supervisor import Life, Supervisor, WorkerSlot
 from tinfer.master.transport import Choice
 
@@ -46,7 +47,7 @@ def ready_block(
     config: ServeConfig,
     supervisor: Supervisor,
     choice: Choice,
-    url: str,
+    front: Front,
     name: str,
     elapsed_s: float,
 ) -> str:
@@ -56,7 +57,7 @@ def ready_block(
     assert first is not None
     width = max(len(slot.placement.worker_id) for slot in slots)
     lines = [
-        f"tinfer {__version__} serves {name} on {url}",
+        f"tinfer {__version__} serves {name} on {front.url}",
         *(_worker_line("workers" if i == 0 else "", s, width) for i, s in enumerate(slots)),
         f"  {'hand-off':<9} {_handoff(choice, len(slots))}",
         f"  {'chunk':<9} {first.chunk_tokens} tokens; route {config.route}; "
@@ -64,6 +65,8 @@ def ready_block(
         f"  {'started':<9} in {elapsed_s:.1f} s",
     ]
     lines += [f"  {'note':<9} {note}" for note in sorted(supervisor.notes)]
+    if len(front.keys):
+        lines.append(f"  {'keys':<9} {len(front.keys)}, of which clients must show one")
     if config.engine == "fake":
         lines.append(f"  {'note':<9} the fake engine answers with seeded nonsense")
     return "\n".join(lines)

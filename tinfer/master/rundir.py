@@ -1,8 +1,9 @@
 """The private directory of one running server: its sockets, its temporary files, workers' logs.
 
-It goes with the server, however that ends: the import process removes it last, the master where no
-import process could. What nobody could remove (the machine went down, every process was killed at
-once) is told from a live server's by its owner record, on which the master holds a lock.
+It goes with the server, however that ends: the import process, which is there before the directory
+is, removes it last, the master where no import process could. What nobody could remove (the machine
+went down, every process was killed at once) is told from a live server's by its owner record, on
+which the master holds a lock.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ import msgspec
 from msgspec import Struct
 
 from tinfer.errors import StartError
+from tinfer.wire.control import unfinished
 
 # A Unix socket's path must fit sockaddr_un: 108 bytes with the final zero on Linux.
 MAX_SOCKET_PATH_BYTES = 100
@@ -28,8 +31,7 @@ _SOCKET_NAME = "workers.sock"
 TEMP_NAME = "tmp"
 # What vLLM calls the sockets between the ranks of an engine, in its temporary directory.
 _LONGEST_TEMP_NAME = "12345678-1234-1234-1234-123456789abc"
-# As long as the random part that `mkdtemp` adds.
-_RANDOM_CHARACTERS = 8
+_RANDOM_BYTES, _RANDOM_CHARACTERS = 6, 8
 
 
 class Owner(Struct, frozen=True):
@@ -52,20 +54,26 @@ class Owner(Struct, frozen=True):
 
 
 class RunDirectory:
-    """A fresh directory, mode 0700, with an unguessable name.
+    """A directory of mode 0700 with an unguessable name, which is there from `make` on.
 
     `temp_path` in it is the workers' directory for temporary files, so that what they leave there
     when they are killed goes too. Raises `StartError` if no place for it can be found.
     """
 
     def __init__(self, port: int = 0) -> None:
-        base = _base()
-        try:
-            self.path, self._lock_fd = _create(base, Owner.this_process(port))
-        except OSError as error:
-            raise StartError(f"cannot make a run directory in {base}: {error}") from error
+        self.path = _base() / f"{PREFIX}{secrets.token_urlsafe(_RANDOM_BYTES)}"
         self.socket_path = str(self.path / _SOCKET_NAME)
         self.temp_path = str(self.path / TEMP_NAME)
+        self._port = port
+        self._lock_fd = -1
+
+    def make(self) -> None:
+        """Create it. Raises `StartError`."""
+        try:
+            self._lock_fd = _create(self.path, Owner.this_process(self._port))
+        except OSError as error:
+            base = self.path.parent
+            raise StartError(f"cannot make a run directory in {base}: {error}") from error
 
     def remove(self) -> None:
         """Idempotent."""
@@ -162,11 +170,12 @@ def _owner_uid(path: str) -> int | None:
         return None
 
 
-def _create(base: Path, owner: Owner) -> tuple[Path, int]:
-    """The directory and the descriptor that holds the lock on its owner record. The lock goes with
-    this process: the import process does not inherit the descriptor."""
+def _create(path: Path, owner: Owner) -> int:
+    """Make the directory; returns the descriptor that holds the lock on its owner record. The lock
+    goes with this process: the import process does not inherit the descriptor."""
     # It gets its final name once the record is locked, so nobody ever sees it without one.
-    fresh = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=base))
+    fresh = unfinished(path)
+    fresh.mkdir(mode=0o700)
     try:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         fd = os.open(fresh / OWNER_FILE, flags, 0o600)
@@ -174,7 +183,8 @@ def _create(base: Path, owner: Owner) -> tuple[Path, int]:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.write(fd, msgspec.json.encode(owner))
             (fresh / TEMP_NAME).mkdir(mode=0o700)
-            return fresh.rename(fresh.with_name(fresh.name[1:])), fd
+            fresh.rename(path)
+            return fd
         except OSError:
             os.close(fd)
             raise

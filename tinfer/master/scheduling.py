@@ -16,12 +16,14 @@ HASH_BYTES = 8
 
 def scheduler_config(config: ServeConfig, costs: CostModel) -> SchedulerConfig:
     """What the core goes by; `costs` are of this box and model, or a default."""
+    slo_s = config.slo_s
     return SchedulerConfig(
         route=config.route,
         prefill_order=config.prefill_policy,
         prefill_sched_batch=config.prefill_sched_batch,
         ageing=config.prefill_ageing,
-        ttft_deadline_s=config.ttft_deadline,
+        # What is promised is also what the order goes by.
+        ttft_deadline_s=config.ttft_deadline or slo_s.get("ttft"),
         prefill_choice=config.prefill_choice,
         whole_choice=config.prefill_choice,
         decode_choice=config.decode_policy,
@@ -34,6 +36,8 @@ def scheduler_config(config: ServeConfig, costs: CostModel) -> SchedulerConfig:
         overflow_z=NormalDist().inv_cdf(1.0 - config.overflow_risk),
         max_num_queued_reqs=config.max_num_queued_reqs,
         max_num_queued_tokens=config.max_num_queued_tokens,
+        slo_ttft_s=slo_s.get("ttft"),
+        slo_tpot_s=slo_s.get("tpot"),
         max_request_restarts=config.max_request_restarts,
         costs=costs,
         seed=config.seed,

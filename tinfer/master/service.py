@@ -13,8 +13,10 @@ from tinfer.api.service import Generation, ModelCard, Stream
 from tinfer.core.scheduler import Scheduler
 from tinfer.core.types import Role
 from tinfer.errors import InvalidRequest, NoWorker
+from tinfer.master.holdings import holdings
 from tinfer.master.lag import BOUNDS_S, LagMeter
 from tinfer.master.loop import Dispatcher
+from tinfer.master.rolling import Rolling
 from tinfer.master.supervisor import Life, Supervisor
 from tinfer.wire.links import Incarnation
 
@@ -38,14 +40,18 @@ class MasterService:
         dispatcher: Dispatcher,
         scheduler: Scheduler,
         supervisor: Supervisor,
+        rolling: Rolling,
         model: ModelCard,
         lag: LagMeter,
+        run_name: str,
     ) -> None:
         self._dispatcher = dispatcher
         self._scheduler = scheduler
         self._supervisor = supervisor
+        self.drain, self.restart = rolling.drain, rolling.restart
         self._model = model
         self._lag = lag
+        self._run_name = run_name
         self._prefix = secrets.token_hex(4)
         self._numbers = itertools.count()
         self.mood = Mood.STARTING
@@ -73,7 +79,8 @@ class MasterService:
 
     def ledger(self) -> dict[str, Any]:
         """All counts are zero when idle, but for `mapped_peers`: mappings are made once and kept
-        as long as both sides live; a mapping of a dead peer counts in `stale_mappings`."""
+        as long as both sides live; a mapping of a dead peer counts in `stale_mappings`. `holds`
+        are levels of the processes, which are never zero."""
         stats = self._dispatcher.stats
         snapshot = self._scheduler.ledger_snapshot()
         body: dict[str, Any] = msgspec.to_builtins(snapshot)
@@ -87,6 +94,8 @@ class MasterService:
             and not any(body["used_blocks"].values())
             and body["stale_mappings"] == 0
         )
+        pids = {worker_id: slot.pid for worker_id, slot in self._supervisor.slots.items()}
+        body["holds"] = holdings(pids, self._run_name)
         return body
 
     def ask_role(self, worker_id: str, role: Role) -> None:
@@ -110,7 +119,7 @@ class MasterService:
                         worker_id, slot.placement.role
                     ).value,
                     "device": slot.placement.label,
-                    "state": slot.life.value,
+                    "state": "draining" if slot.is_leaving else slot.life.value,
                     "generation": slot.generation,
                     "pid": slot.pid,
                     "restarts": slot.num_restarts,

@@ -13,6 +13,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from tinfer.config import ServeConfig
 from tinfer.errors import WorkerCannotStart
@@ -40,6 +41,10 @@ class Life(enum.Enum):
     READY = "ready"
     DEAD = "dead"
     GIVEN_UP = "given-up"
+    STOPPED = "stopped"
+
+
+Leaves = Literal["drain", "restart"]
 
 
 class WorkerSlot:
@@ -56,8 +61,15 @@ class WorkerSlot:
         self.num_restarts = 0
         self.reason = ""
         self.has_said_why = False  # the reason is the worker's own word, not just how it ended
+        # Someone wants it stopped, once it is empty, and then started again or not.
+        self.leaves: Leaves | None = None
         self.pidfd = -1
         self.timer: asyncio.TimerHandle | None = None
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether it is up, and to be stopped."""
+        return self.life is Life.READY and self.leaves is not None
 
     @property
     def incarnation(self) -> Incarnation:
@@ -145,7 +157,11 @@ class Supervisor:
         if slot.pidfd >= 0:
             self._kill(slot)
         else:
-            self._died(slot)  # the import process has not come to it
+            # The import process has not come to it. If it has done so before it hangs, and then no
+            # order would ever be carried out: it is replaced, and no worker is hurt by that.
+            if self._zygote is not None and self.import_s is not None:
+                self._zygote.kill()
+            self._died(slot)
 
     def _set_timer(
         self, slot: WorkerSlot, delay_s: float, call: Callable[[WorkerSlot], None]
@@ -258,9 +274,9 @@ class Supervisor:
         if slot.timer is not None:
             slot.timer.cancel()
         was_ready, slot.life = slot.life is Life.READY, Life.DEAD
-        if was_ready and self._loop.time() - slot.ready_at_s > STABLE_AFTER_S:
+        if slot.leaves or (was_ready and self._loop.time() - slot.ready_at_s > STABLE_AFTER_S):
             slot.num_failures = 0
-        slot.num_failures += 1
+        slot.num_failures += slot.leaves is None
         self._reap_orphan(slot)
         if was_ready:
             self._on_down(slot.incarnation)
@@ -273,6 +289,8 @@ class Supervisor:
     def _after_death(self, slot: WorkerSlot, generation: int) -> None:
         if self._stopping or slot.generation != generation or slot.life is not Life.DEAD:
             return
+        if slot.leaves is not None:
+            return self._left(slot)
         never_served = slot.num_restarts == 0 and slot.ready is None
         # A worker that never served ends the start, and its reason is what the user is told then.
         level = logging.INFO if never_served else logging.ERROR
@@ -284,6 +302,32 @@ class Supervisor:
             slot.num_restarts += 1
             self._set_timer(slot, _backoff_s(slot.num_failures), self._start)
             self._on_change()
+
+    # --- leaving on request -------------------------------------------------------------------
+
+    def retire(self, slot: WorkerSlot, ask: Callable[[Incarnation], None]) -> None:
+        """End a worker that was told to leave: `ask` it to, and kill it if it does not."""
+        if slot.life is Life.READY:
+            ask(slot.incarnation)
+            self._set_timer(slot, STOP_GRACE_S, self._kill)
+
+    def rest(self, slot: WorkerSlot) -> None:
+        """A worker that is down and would come back stays away until `start_again`."""
+        if slot.timer is not None:
+            slot.timer.cancel()
+        slot.life, slot.leaves = Life.STOPPED, None
+        slot.pid, slot.reason = None, ""
+        self._on_change()
+
+    def start_again(self, slot: WorkerSlot) -> None:
+        """Start a worker that is down, at once and with a clean record."""
+        slot.num_failures, slot.leaves = 0, None
+        slot.num_restarts += 1
+        self._start(slot)
+
+    def _left(self, slot: WorkerSlot) -> None:
+        log.info("worker %s has ended on request", slot.placement.worker_id)
+        self.rest(slot) if slot.leaves == "drain" else self.start_again(slot)
 
     def _give_up(self, slot: WorkerSlot) -> None:
         if slot.timer is not None:

@@ -14,11 +14,11 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-
-import msgspec
+from typing import BinaryIO
 
 from tinfer.config import ServeConfig
 from tinfer.errors import WorkerCannotStart
+from tinfer.master.keys import VARIABLES
 from tinfer.master.limits import limit_workers
 from tinfer.master.rundir import TEMP_NAME
 from tinfer.wire.control import Control, Fork, FrameReader, WorkerSpec, pack
@@ -47,7 +47,11 @@ class Lifeline:
 
 
 class ZygoteLink:
-    """One zygote process. `on_message` gets its reports, `on_exit` is called once at its end."""
+    """One zygote process. `on_message` gets its reports, `on_exit` is called once at its end.
+
+    The run directory need not be there yet: the zygote is to be there before it, so as to remove it
+    whenever the master dies.
+    """
 
     def __init__(
         self,
@@ -60,20 +64,20 @@ class ZygoteLink:
         self._on_message = on_message
         self._on_exit = on_exit
         self._frames = FrameReader()
+        self._last_line = ""
         self._loop = asyncio.get_running_loop()
         self._socket, child = socket.socketpair()
-        self._log_path = (Path(config.log_dir) if config.log_dir else run_dir) / "zygote.log"
         try:
-            with self._log_path.open("ab") as log_file:
-                self._process = subprocess.Popen(
-                    _command(config, run_dir, child.fileno(), lifeline.read_fd),
-                    pass_fds=[child.fileno(), lifeline.read_fd],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log_file,
-                    stderr=log_file,
-                    env=_environment(config, run_dir),
-                    start_new_session=True,
-                )
+            self._log = _open_log(config.log_dir)
+            self._process = subprocess.Popen(
+                _command(config, run_dir, child.fileno(), lifeline.read_fd),
+                pass_fds=[child.fileno(), lifeline.read_fd],
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                env=_environment(config, run_dir),
+                start_new_session=True,
+            )
             limit_workers(self._process.pid)
         except OSError as error:
             self._socket.close()
@@ -110,37 +114,51 @@ class ZygoteLink:
             return
         try:
             messages = self._frames.feed(data)
-        except (ValueError, msgspec.DecodeError):
-            log.exception("broken control frame")
+        except ValueError as error:
+            log.error("the import process is given up: %s", error)
+            self._loop.remove_reader(self._socket)
+            self._on_exit()
             return
         for message in messages:
             self._on_message(message)
+
+    def kill(self) -> None:
+        """End it at once; `on_exit` follows."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._process.pid, signal.SIGKILL)
 
     async def close(self, timeout_s: float) -> None:
         """Close the control socket, which ends the zygote, and wait; kill it if it is late."""
         self._loop.remove_reader(self._socket)
         self._socket.close()
+        self._log.close()
         try:
             await asyncio.wait_for(asyncio.to_thread(self._process.wait), timeout_s)
         except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._process.pid, signal.SIGKILL)
+            self.kill()
             await asyncio.to_thread(self._process.wait)
 
     def last_line(self) -> str:
-        """The end of its log, which after an error says what it was."""
-        try:
-            lines = self._log_path.read_text(errors="replace").strip().splitlines()
-        except OSError:
-            return ""
-        return lines[-1] if lines else ""
+        """The end of the log of one that was reaped, which after an error says what it was."""
+        return self._last_line
 
     def reap(self) -> int:
         """Wait for a process that has already closed its socket; returns its exit status."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._process.pid, signal.SIGKILL)
+        self.kill()
         self._socket.close()
-        return self._process.wait()
+        status = self._process.wait()
+        with self._log:
+            self._log.seek(0)
+            lines = self._log.read().decode(errors="replace").strip().splitlines()
+        self._last_line = lines[-1] if lines else ""
+        return status
+
+
+def _open_log(log_dir: str | None) -> BinaryIO:
+    """Where the zygote writes; what nobody asked to keep has no name, and so leaves nothing."""
+    if log_dir is not None:
+        return (Path(log_dir) / "zygote.log").open("a+b")
+    return os.fdopen(os.memfd_create("zygote.log"), "w+b")
 
 
 def _command(config: ServeConfig, run_dir: Path, control_fd: int, lifeline_fd: int) -> list[str]:
@@ -156,13 +174,15 @@ def _command(config: ServeConfig, run_dir: Path, control_fd: int, lifeline_fd: i
         str(run_dir),
         "--engine",
         config.engine,
+        *([] if config.uds is None else ["--uds", config.uds]),
     ]
 
 
 def _environment(config: ServeConfig, run_dir: Path) -> dict[str, str]:
     """The workers' environment. One OpenMP thread per worker keeps the import process at one
-    thread, so that it can fork, and keeps a worker's results independent of the batch."""
-    environment = dict(os.environ)
+    thread, so that it can fork, and keeps a worker's results independent of the batch. API keys are
+    the master's alone."""
+    environment = {name: text for name, text in os.environ.items() if name not in VARIABLES}
     # An engine leaves files there (`vllm_dist_*`, which torch's FileStore removes only in its
     # destructor) and a worker ends without destructors; so they go with the run directory. The one
     # cache that by default is in the temporary directory stays where it is kept.

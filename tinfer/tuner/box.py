@@ -38,7 +38,6 @@ class Box:
 
     async def __aenter__(self) -> Box:
         self._run_dir = RunDirectory()
-        self._link = MasterLink(self._run_dir.socket_path, self._on_message)
         self._supervisor = Supervisor(
             self._config,
             self._placements,
@@ -49,8 +48,11 @@ class Box:
             self._given_up,
             lambda: None,
         )
+        # First, so that there is who removes the directory whenever this process dies.
+        self._supervisor.start_imports()
+        self._run_dir.make()
+        self._link = MasterLink(self._run_dir.socket_path, self._on_message)
         try:
-            self._supervisor.start_imports()
             choice = await transport.choose(self._config, self._placements)
             self.transport = choice.name
             self._supervisor.start_workers(choice.name)

@@ -1,0 +1,18 @@
+"""The key that a command shows to the server it asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+
+def api_key_option() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`--api-key`, as `api_key`; empty counts as none."""
+    return click.option(
+        "--api-key",
+        metavar="KEY",
+        envvar=["TINFER_API_KEY", "VLLM_API_KEY"],
+        help="Key that the server wants to see. Better in TINFER_API_KEY: `ps` does not show that.",
+    )
