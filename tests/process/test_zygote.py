@@ -36,7 +36,7 @@ def test_it_cleans_up_whatever_of_the_master_goes_first(
     with ours, its:
         places = ["--control", str(its.fileno()), "--lifeline", str(lifeline.read_fd)]
         process = subprocess.Popen(
-            [sys.executable, "-m", "tinfer.worker", *places, "--run-dir", run_dir]
+            [sys.executable, "-m", "tinfer.worker", *places, "--run-dir", str(run_dir)]
             + ["--engine", "fake"],
             pass_fds=[its.fileno(), lifeline.read_fd],
         )

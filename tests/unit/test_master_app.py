@@ -25,7 +25,7 @@ from tinfer.master.plan import Surroundings, decide
 from tinfer.master.service import MasterService
 from tinfer.master.supervisor import Life, WorkerSlot
 from tinfer.wire.links import Incarnation
-from tinfer.wire.messages import Ready
+from tinfer.wire.messages import LeaseId, Output, Ready, Source, Step, WorkerStats
 
 (READY,) = [message for message in TO_MASTER if isinstance(message, Ready)]
 BF16, FP16 = {"dtype": "bfloat16"}, {"dtype": "float16"}
@@ -37,6 +37,10 @@ class NoProcesses:
     def __init__(self, config: Any, placements: list[Any], *_: object) -> None:
         self.slots = {p.worker_id: WorkerSlot(p) for p in placements}
         self.notes: set[str] = set()
+        self.ended: dict[Incarnation, str] = {}
+
+    def end_worker(self, slot: WorkerSlot, reason: str) -> None:
+        self.ended[slot.incarnation] = reason
 
     def start_imports(self) -> None:
         return
@@ -55,7 +59,9 @@ class Master:
         claims.close()
         front = Front(bind("127.0.0.1", 0), None, ApiKeys(), Cors())
         self.server = app.Server(config, decision, front)
-        self.slots: dict[str, WorkerSlot] = self.server._supervisor.slots
+        stand_in: Any = self.server._supervisor
+        self.slots: dict[str, WorkerSlot] = stand_in.slots
+        self.ended: dict[Incarnation, str] = stand_in.ended
 
     def up(self, worker_id: str, kv_format: Mapping[str, str], max_model_len: int = 64) -> None:
         slot = self.slots[worker_id]
@@ -202,3 +208,20 @@ async def test_the_longest_request_is_the_least_of_all_workers_also_after_a_rest
         master.down("decode-0")
         master.up("decode-0", BF16, max_model_len)
         assert service.model.max_model_len == served
+
+
+async def test_a_worker_whose_words_do_not_add_up_is_ended(masters: MakeMaster) -> None:
+    """It opens the same lease twice."""
+    master = masters()
+    for worker_id in ("prefill-0", "decode-0"):
+        master.up(worker_id, BF16)
+    server, ended = master.server, master.ended
+    prefill = master.slots["prefill-0"].incarnation
+    source = Source(*prefill, LeaseId(0, 1), num_tokens=3, num_blocks=1, blocks=b"")
+    output = Output("gone", [7], 1, "a", 1, finish_reason="length", source=source)
+    server._on_message(prefill, Step([output], WorkerStats()))
+    assert ended == {}
+    again = Output("other", [7], 1, "a", 1, finish_reason="length", source=source)
+    server._on_message(prefill, Step([again], WorkerStats()))
+    assert list(ended) == [prefill]
+    assert "LedgerError" in ended[prefill]

@@ -241,7 +241,12 @@ class Server:
         slot = self._supervisor.slots.get(sender.worker_id)
         if slot is None or slot.incarnation != sender or slot.life is not Life.READY:
             return  # the word of an incarnation that is seen dead no longer counts
-        self._dispatcher.handle(sender, message)
+        try:
+            self._dispatcher.handle(sender, message)
+        except Exception as error:
+            # What does not add up must not stay: its requests go on elsewhere once it is dead.
+            log.exception("what %s.%d says makes no sense", *sender)
+            self._supervisor.end_worker(slot, f"said what makes no sense: {error!r}")
 
     def _worker_up(self, slot: WorkerSlot) -> None:
         ready = slot.ready

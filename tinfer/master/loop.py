@@ -13,11 +13,9 @@ from array import array
 from collections.abc import Callable, Iterator
 from typing import assert_never
 
-from msgspec import Struct
 from msgspec.structs import replace
 
-from tinfer.api.service import Delta, Generation
-from tinfer.api.trace import Trace
+from tinfer.api.service import Generation
 from tinfer.clock import Clock
 from tinfer.core import events
 from tinfer.core.sampling import SamplingSpec
@@ -31,8 +29,9 @@ from tinfer.errors import (
     TinferError,
     WorkerLost,
 )
-from tinfer.master.attempts import Attempt, next_attempt, remainder, text_before, to_start
+from tinfer.master.attempts import Attempt, next_attempt, remainder, to_start
 from tinfer.master.event_log import EventLog
+from tinfer.master.live import LiveRequest, deliver
 from tinfer.master.scheduling import block_hashes
 from tinfer.master.streams import RequestStream
 from tinfer.master.timeline import StartKind, Timeline
@@ -48,23 +47,6 @@ Send = Callable[[Incarnation, wire.ToWorker], None]
 NO_ANSWER = SamplingSpec(max_tokens=1, temperature=0.0, ignore_eos=True)
 # A client that is sent away for longer than this asks too late.
 MAX_RETRY_AFTER_S = 60.0
-
-
-class LiveRequest(Struct):
-    """One accepted request, from submit until every worker has let go of it. `prompt` and
-    `emitted` are int32 token ids; `source` is where its blocks were or will be read from last."""
-
-    generation: Generation
-    prompt: bytes
-    emitted: array[int]
-    stream: RequestStream
-    timeline: Timeline
-    attempt: Attempt
-    delivered_tokens: int = 0
-    delivered_text_len: int = 0
-    cached_tokens: int = 0
-    source: wire.Source | None = None
-    workers: set[Incarnation] = set()  # those with a part in it; ended and empty, it is forgotten
 
 
 class Dispatcher:
@@ -217,7 +199,8 @@ class Dispatcher:
                 self.stats[sender] = stats
                 self._post(_stepped(sender, message))
                 for output in outputs:
-                    self._output(sender, output)
+                    if self._may_speak(sender, output.request_id):
+                        self._output(sender, output)
             case wire.PullDone():
                 self._pull_done(sender, message)
             case wire.LeasesEnded(leases, stats):
@@ -229,15 +212,25 @@ class Dispatcher:
                     self._post(events.LeaseOverdue(_key(sender, lease)))
             case wire.Aborted(request_ids):
                 for request_id in request_ids:
-                    self._left(sender, request_id, answered=False)
+                    if self._may_speak(sender, request_id):
+                        self._left(sender, request_id, answered=False)
             case wire.Idle(stats):
                 self.stats[sender] = stats
             case wire.Refused():
-                self._refused(sender, message)
+                if self._may_speak(sender, message.request_id):
+                    self._refused(sender, message)
             case wire.Ready() | wire.CannotStart() | wire.Fault() | wire.Pong():
                 log.error("%s.%d sent %s to the dispatcher", *sender, type(message).__name__)
             case _:
                 assert_never(message)
+
+    def _may_speak(self, worker: Incarnation, request_id: str) -> bool:
+        """Whether it has a part in that request, or nobody waits for the request any more."""
+        live = self._live.get(request_id)
+        if live is None or worker in live.workers:
+            return True
+        log.error("%s.%d has no part in %s, of which it speaks", *worker, request_id)
+        return False
 
     def _output(self, sender: Incarnation, output: wire.Output) -> None:
         request_id = output.request_id
@@ -250,7 +243,7 @@ class Dispatcher:
             if output.finish_reason == "error":
                 live.stream.fail(EngineFailed("the engine failed on this request"))
             else:
-                _deliver(live, output, self._clock)
+                deliver(live, output, self._clock)
         source = output.source
         if output.finish_reason is not None:
             self._left(sender, request_id, answered=output.finish_reason != "error")
@@ -411,48 +404,6 @@ class Dispatcher:
 
 def _nobody_drains(worker: Incarnation) -> None:
     raise AssertionError(f"{worker.worker_id} has drained, and nobody asked for it")
-
-
-def _deliver(live: LiveRequest, output: wire.Output, clock: Clock) -> None:
-    """Push what the client lacks of an output."""
-    num_tokens = live.attempt.num_moved + output.num_output_tokens
-    has = (live.delivered_tokens, live.delivered_text_len)
-    len_before = text_before(live.attempt, num_tokens, output.text_len, len(output.text), has)
-    text_len = len_before + output.text_len
-    num_new = num_tokens - live.delivered_tokens
-    len_new = text_len - live.delivered_text_len
-    if num_new <= 0 and len_new <= 0 and output.finish_reason is None:
-        return
-    first = live.delivered_tokens == 0
-    if first and num_new > 0:
-        live.timeline.has_token(clock.now_s())
-    if num_new > 0:
-        live.emitted.extend(output.token_ids[-num_new:])
-    live.delivered_tokens = max(live.delivered_tokens, num_tokens)
-    live.delivered_text_len = max(live.delivered_text_len, text_len)
-    logprobs = output.logprobs
-    live.stream.push(
-        Delta(
-            text=output.text[-len_new:] if len_new > 0 else "",
-            token_ids=output.token_ids[-num_new:] if num_new > 0 else [],
-            logprobs=None if logprobs is None else logprobs[-num_new:] if num_new > 0 else [],
-            prompt_logprobs=output.prompt_logprobs if first else None,
-            finish_reason=output.finish_reason,
-            stop_reason=output.stop_reason,
-            cached_tokens=live.cached_tokens,
-            trace=None if output.finish_reason is None else _trace(live, clock.now_s()),
-        )
-    )
-
-
-def _trace(live: LiveRequest, now_s: float) -> Trace:
-    return live.timeline.trace(
-        live.stream.request_id,
-        len(live.generation.prompt_token_ids),
-        live.cached_tokens,
-        live.delivered_tokens,
-        now_s,
-    )
 
 
 def _error_of(fail: events.Fail) -> TinferError:

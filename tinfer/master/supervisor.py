@@ -258,8 +258,8 @@ class Supervisor:
         if slot is not None and slot.incarnation == sender:
             slot.reason, slot.has_said_why = reason, True
 
-    def end_hung(self, slot: WorkerSlot, reason: str) -> None:
-        """Kill a worker that lives and does nothing; its death follows."""
+    def end_worker(self, slot: WorkerSlot, reason: str) -> None:
+        """Kill a worker that lives and can not be used; its death follows."""
         if slot.life is Life.READY and not slot.has_said_why:
             slot.reason, slot.has_said_why = reason, True
             self._kill(slot)

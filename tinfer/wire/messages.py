@@ -18,6 +18,10 @@ from tinfer.core.sampling import SamplingSpec, TokenLogprobs
 MAX_MESSAGE_BYTES = 1 << 30
 _MAX_SHOWN_CHARS = 200
 
+# What the receiver can reckon with: no NaN, no infinity; token ids are kept as int32.
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+
 
 class LeaseId(Struct, frozen=True, forbid_unknown_fields=True):
     """One row of one worker's lease table, in one of its incarnations."""
@@ -92,7 +96,7 @@ class ExtendLease(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
     """The reader lives: move the lease's deadline."""
 
     lease: LeaseId
-    extra_s: Annotated[float, Meta(ge=0, le=1e9)]  # a NaN is neither
+    extra_s: Seconds
 
 
 class PeerUp(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
@@ -157,14 +161,14 @@ class WorkerStats(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     num_mapped_peers: int = 0
     num_stale_mappings: int = 0
     num_steps: int = 0
-    busy_s: float = 0.0
+    busy_s: Seconds = 0.0
     num_computed_prompt_tokens: int = 0
     num_recomputed_pulled_tokens: int = 0
     num_preemptions: int = 0
     num_pulls: int = 0
     num_failed_pulls: int = 0
     pulled_bytes: int = 0
-    pull_s: float = 0.0
+    pull_s: Seconds = 0.0
 
 
 class Ready(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
@@ -208,7 +212,7 @@ class Output(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
     """
 
     request_id: str
-    token_ids: list[int]
+    token_ids: list[TokenId]
     num_output_tokens: int
     text: str
     text_len: int
@@ -250,8 +254,8 @@ class PullDone(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
     ok: bool
     reason: str
     num_bytes: int
-    copy_s: float
-    handoff_s: float
+    copy_s: Seconds
+    handoff_s: Seconds
 
 
 class LeasesEnded(Struct, tag=True, frozen=True, forbid_unknown_fields=True):

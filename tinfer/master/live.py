@@ -1,0 +1,75 @@
+"""A request that is not over: what its client has of the answer, and how it gets the rest."""
+
+from __future__ import annotations
+
+from array import array
+
+from msgspec import Struct
+
+from tinfer.api.service import Delta, Generation
+from tinfer.api.trace import Trace
+from tinfer.clock import Clock
+from tinfer.master.attempts import Attempt, text_before
+from tinfer.master.streams import RequestStream
+from tinfer.master.timeline import Timeline
+from tinfer.wire import messages as wire
+from tinfer.wire.links import Incarnation
+
+
+class LiveRequest(Struct):
+    """One accepted request, from submit until every worker has let go of it. `prompt` and
+    `emitted` are int32 token ids; `source` is where its blocks were or will be read from last."""
+
+    generation: Generation
+    prompt: bytes
+    emitted: array[int]
+    stream: RequestStream
+    timeline: Timeline
+    attempt: Attempt
+    delivered_tokens: int = 0
+    delivered_text_len: int = 0
+    cached_tokens: int = 0
+    source: wire.Source | None = None
+    workers: set[Incarnation] = set()  # those with a part in it; ended and empty, it is forgotten
+
+
+def deliver(live: LiveRequest, output: wire.Output, clock: Clock) -> None:
+    """Push what the client lacks of an output."""
+    num_tokens = live.attempt.num_moved + output.num_output_tokens
+    has = (live.delivered_tokens, live.delivered_text_len)
+    len_before = text_before(live.attempt, num_tokens, output.text_len, len(output.text), has)
+    text_len = len_before + output.text_len
+    num_new = num_tokens - live.delivered_tokens
+    len_new = text_len - live.delivered_text_len
+    if num_new <= 0 and len_new <= 0 and output.finish_reason is None:
+        return
+    first = live.delivered_tokens == 0
+    if first and num_new > 0:
+        live.timeline.has_token(clock.now_s())
+    if num_new > 0:
+        live.emitted.extend(output.token_ids[-num_new:])
+    live.delivered_tokens = max(live.delivered_tokens, num_tokens)
+    live.delivered_text_len = max(live.delivered_text_len, text_len)
+    logprobs = output.logprobs
+    live.stream.push(
+        Delta(
+            text=output.text[-len_new:] if len_new > 0 else "",
+            token_ids=output.token_ids[-num_new:] if num_new > 0 else [],
+            logprobs=None if logprobs is None else logprobs[-num_new:] if num_new > 0 else [],
+            prompt_logprobs=output.prompt_logprobs if first else None,
+            finish_reason=output.finish_reason,
+            stop_reason=output.stop_reason,
+            cached_tokens=live.cached_tokens,
+            trace=None if output.finish_reason is None else _trace(live, clock.now_s()),
+        )
+    )
+
+
+def _trace(live: LiveRequest, now_s: float) -> Trace:
+    return live.timeline.trace(
+        live.stream.request_id,
+        len(live.generation.prompt_token_ids),
+        live.cached_tokens,
+        live.delivered_tokens,
+        now_s,
+    )
