@@ -27,8 +27,8 @@ def main() -> None:
     parser.add_argument("--json", type=argparse.FileType("w"), help="write the result here")
     arguments = parser.parse_args()
     examples = questions(arguments.num)
+    plain = through_plain_engine(str(MODEL_DIR), examples)
     with tempfile.TemporaryDirectory(prefix="tinfer-bench-") as name:
-        plain = through_plain_engine(str(MODEL_DIR), examples, Path(name))
         options = ("--served-model-name", "tiny", "--route", "split")
         with serving(Path(name), *options) as server:
             split = asyncio.run(through_server(server.url, "tiny", examples))

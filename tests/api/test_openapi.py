@@ -12,6 +12,7 @@ from tests.api.canned import VOCAB_SIZE, CannedService, say, token
 from tests.api.conftest import OPTIONS, Server
 from tests.api.described import Document
 from tinfer.api.fields import REFUSED
+from tinfer.api.keys import ApiKeys
 from tinfer.api.openapi import document
 from tinfer.api.server import ENDPOINTS, create_app
 from tinfer.api.trace import Trace
@@ -287,3 +288,22 @@ def test_what_is_not_supported_takes_its_off_values_only() -> None:
         for off in REFUSED["tools"]:
             assert DOCUMENT.takes("POST", path, {**body, "tools": off})
         assert not DOCUMENT.takes("POST", path, {**body, "tools": [{}]})
+
+
+@pytest.mark.parametrize("options", [{"api_keys": ApiKeys(["sk-key"])}], indirect=True)
+async def test_what_needs_a_key_says_so(server: Server) -> None:
+    for (method, path), operation in DOCUMENT.operations.items():
+        status = await ask(server, method, path)
+        assert (status == 401) == ("security" in operation) == ("401" in operation["responses"])
+
+
+async def test_what_is_for_this_machine_only_says_so(server: Server) -> None:
+    for (method, path), operation in DOCUMENT.operations.items():
+        status = await ask(server, method, path, headers={"Via": "1.1 proxy"})
+        assert (status == 403) == ("403" in operation["responses"])
+
+
+async def test_heads_that_are_too_large_are_described(server: Server) -> None:
+    for (method, path), operation in DOCUMENT.operations.items():
+        assert await ask(server, method, path, headers={"X": "y" * 20_000}) == 431
+        assert "431" in operation["responses"]

@@ -7,15 +7,11 @@ answer, and with what is right.
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import aiohttp
 
+from tests.e2e.plain_engine import PlainEngine
 from tinfer.tiny_model import files, tasks
 from tinfer.tiny_model.tasks import Example
 
@@ -52,28 +48,18 @@ async def through_server(url: str, model: str, examples: Sequence[Example]) -> l
         return list(await asyncio.gather(*(ask(example) for example in examples)))
 
 
-def through_plain_engine(model_dir: str, examples: Sequence[Example], folder: Path) -> list[str]:
-    """The answers of `tests.e2e.reference_engine`, in its own process, in order."""
+def through_plain_engine(model_dir: str, examples: Sequence[Example]) -> list[str]:
+    """The answers of a plain engine, in order."""
     start = [files.SPECIAL_IDS["<|assistant|>"]]
-    requests = [
+    cases = [
         {
             "prompt": files.encode_turn("user", example.prompt) + start,
             "params": {"max_tokens": MAX_ANSWER_TOKENS},
         }
         for example in examples
     ]
-    (folder / "requests.json").write_text(json.dumps(requests))
-    names = [model_dir, str(folder / "requests.json"), str(folder / "results.json")]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.e2e.reference_engine", *names],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"},
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [answer[0]["text"] for answer in json.loads((folder / "results.json").read_text())]
+    with PlainEngine(model_dir) as engine:
+        return [answer[0]["text"] for answer in engine.run(cases)]
 
 
 def accuracy(examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:

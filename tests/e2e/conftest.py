@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.serving import ServeProcess, serving
-from tests.random_model import make_random_model
+from tests.random_model import EXACT, make_random_model
 from tinfer.tiny_model import MODEL_DIR
 
 TEMP = pytest.TempPathFactory
-TIGHT = ("--max-num-seqs", "24", "--kv-cache-memory-bytes", str(48 << 20), "--strict-params")
+TIGHT = ("--max-num-seqs", "24", "--kv-cache-memory-bytes", str(96 << 20), "--strict-params")
 
 
 @pytest.fixture(scope="session")
@@ -52,17 +52,17 @@ def whole_server(tmp_path_factory: TEMP, model_dir: str) -> Iterator[ServeProces
 @pytest.fixture(scope="session")
 def random_server(tmp_path_factory: TEMP, random_model_dir: str) -> Iterator[ServeProcess]:
     """As `server`, with the random model."""
-    yield from _serving(tmp_path_factory.mktemp("random-split"), random_model_dir, "split")
+    yield from _serving(tmp_path_factory.mktemp("random-split"), random_model_dir, "split", *EXACT)
 
 
 @pytest.fixture(scope="session")
 def random_whole_server(tmp_path_factory: TEMP, random_model_dir: str) -> Iterator[ServeProcess]:
     """As `whole_server`, with the random model."""
-    yield from _serving(tmp_path_factory.mktemp("random-whole"), random_model_dir, "whole")
+    yield from _serving(tmp_path_factory.mktemp("random-whole"), random_model_dir, "whole", *EXACT)
 
 
 @pytest.fixture(scope="session")
 def tight_server(tmp_path_factory: TEMP, random_model_dir: str) -> Iterator[ServeProcess]:
     """Few seats and little KV memory, so that requests wait in every phase; unknown request fields
     are refused. The random model's answers rarely end by themselves."""
-    yield from _serving(tmp_path_factory.mktemp("tight"), random_model_dir, "split", *TIGHT)
+    yield from _serving(tmp_path_factory.mktemp("tight"), random_model_dir, "split", *EXACT, *TIGHT)

@@ -1,17 +1,17 @@
 """One plain vLLM engine: no connector, no logits processor, no tinfer server.
 
-`python -m tests.e2e.reference_engine MODEL IN OUT [DTYPE]` runs the requests of IN (JSON) all at
-once and writes what each one emitted, step by step. The engine has the worker's chunk size and
-thread count, and the patch that keeps CPU generators alive through a chunked prefill
-(`tinfer.worker.seeded_chunks`): without it a seeded request with a chunked prompt kills a CPU
-engine.
+`python -m tests.e2e.reference_engine MODEL DTYPE` reads requests from its standard input, a JSON
+list per line, computes those of a line all at once, and writes to its standard output, a line each,
+what each one emitted, step by step. The engine has the worker's chunk size and thread count, and
+the patch that keeps CPU generators alive through a chunked prefill (`tinfer.worker.seeded_chunks`):
+without it a seeded request with a chunked prompt kills a CPU engine.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from tinfer.worker.environment import VLLM_ENVIRONMENT
@@ -19,27 +19,26 @@ from tinfer.worker.environment import VLLM_ENVIRONMENT
 CHUNK_TOKENS = 512
 
 
-def main(model_dir: str, requests_file: str, results_file: str, dtype: str = "auto") -> None:
-    import os
-
+def main(model_dir: str, dtype: str) -> None:
+    # What vLLM prints is none of the answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     os.environ.update(VLLM_ENVIRONMENT)
-    requests = json.loads(Path(requests_file).read_text())
-    Path(results_file).write_text(json.dumps(run(model_dir, requests, dtype)))
+    engine = make_engine(model_dir, dtype)
+    for line in sys.stdin:
+        print(json.dumps(run(engine, json.loads(line))), file=answers, flush=True)
 
 
-def run(
-    model_dir: str, requests: list[dict[str, Any]], dtype: Any = "auto"
-) -> list[list[dict[str, Any]]]:
-    """Per request and choice: token ids, text, the text after each step, finish and stop reason,
-    logprobs of the sampled tokens and of the top ones by id."""
-    from vllm import LLMEngine, SamplingParams
+def make_engine(model_dir: str, dtype: Any) -> Any:
+    from vllm import LLMEngine
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
+    from tinfer.worker.eager import compute_eagerly
     from tinfer.worker.seeded_chunks import patch_cpu_runner
 
+    compute_eagerly()
     patch_cpu_runner()
-    engine = LLMEngine.from_engine_args(
+    return LLMEngine.from_engine_args(
         EngineArgs(
             model=model_dir,
             dtype=dtype,
@@ -52,6 +51,14 @@ def run(
             generation_config="vllm",
         )
     )
+
+
+def run(engine: Any, requests: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Per request and choice: token ids, text, the text after each step, finish and stop reason,
+    logprobs of the sampled tokens and of the top ones by id."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
     choices: dict[str, list[dict[str, Any]]] = {}
     for number, request in enumerate(requests):
         params = {"temperature": 0.0, **request["params"]}
@@ -65,7 +72,7 @@ def run(
         engine.add_request(str(number), {"prompt_token_ids": request["prompt"]}, sampling)
     while engine.has_unfinished_requests():
         for output in engine.step():
-            for completion in output.outputs:  # type: ignore[union-attr]
+            for completion in output.outputs:
                 _add(choices[output.request_id][completion.index], completion)
     return [choices[str(number)] for number in range(len(requests))]
 

@@ -7,7 +7,6 @@ lost, late or someone else's shows as a wrong answer here, not only as a differe
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,10 +21,10 @@ NUM_PER_TASK = 20
 LEAST = {"count": 0.9, "repeat": 0.9, "spell": 0.9}
 
 
-async def test_the_split_changes_no_answer(server: ServeProcess, tmp_path: Path) -> None:
+async def test_the_split_changes_no_answer(server: ServeProcess) -> None:
     examples = questions(NUM_PER_TASK)
     assert {example.task for example in examples} == set(OPEN_TASKS)
-    plain = await asyncio.to_thread(through_plain_engine, str(MODEL_DIR), examples, tmp_path)
+    plain = await asyncio.to_thread(through_plain_engine, str(MODEL_DIR), examples)
     split = await through_server(server.url, "tiny", examples)
     differing = [(e.prompt, p, s) for e, p, s in zip(examples, plain, split, strict=True) if p != s]
     assert not differing, differing[:3]

@@ -28,6 +28,7 @@ from tests.e2e.following import (
 from tests.e2e.remains import Remains
 from tests.e2e.serving import ServeProcess, serving_a_module, until_idle
 from tests.leaks import LeakBaseline
+from tests.random_model import EXACT
 
 LEASE_TTL_S = 1.0
 # About 1 ms each on an idle core: long enough to be in the middle of, short enough to wait for.
@@ -42,7 +43,9 @@ def fragile(
     folder = tmp_path_factory.mktemp("fragile")
     shape = ("--prefill", "1", "--decode", "2", "--route", "split", "--lease-ttl", str(LEASE_TTL_S))
     names = ("--served-model-name", "tiny", "--log-dir", str(folder))
-    with serving_a_module(leak_baseline, folder, random_model_dir, *names, *shape) as process:
+    with serving_a_module(
+        leak_baseline, folder, random_model_dir, *names, *shape, *EXACT
+    ) as process:
         yield process
 
 

@@ -9,13 +9,10 @@ change answers.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +22,7 @@ import psutil
 import pytest
 
 from tests.e2e.following import State, all_ready, until_state, worker
+from tests.e2e.plain_engine import PlainEngine
 from tests.e2e.remains import Remains
 from tests.e2e.serving import ServeProcess, complete_all, get_json, serving_a_module, until_idle
 from tests.leaks import LeakBaseline
@@ -63,16 +61,9 @@ def _cases(seed: int) -> list[dict[str, Any]]:
     ]
 
 
-def _one_engine(model_dir: str, cases: list[dict[str, Any]], folder: Path) -> list[Any]:
-    """What a plain engine in a process of its own answers."""
-    requests, results = folder / "requests.json", folder / "results.json"
-    requests.write_text(json.dumps(cases))
-    arguments = [model_dir, str(requests), str(results), DTYPE]
-    command = [sys.executable, "-m", "tests.e2e.reference_engine", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    subprocess.run(command, env=environment, capture_output=True, timeout=240, check=True)
-    answers: list[Any] = json.loads(results.read_text())
-    return answers
+def _one_engine(model_dir: str, cases: list[dict[str, Any]]) -> list[Any]:
+    with PlainEngine(model_dir, DTYPE) as engine:
+        return engine.run(cases)
 
 
 def _body(case: dict[str, Any]) -> dict[str, Any]:
@@ -95,10 +86,10 @@ def _shm_names(server: ServeProcess) -> list[str]:
 
 
 async def test_split_over_ranks_equals_one_engine_of_one_rank(
-    pair: ServeProcess, random_model_dir: str, tmp_path: Path
+    pair: ServeProcess, random_model_dir: str
 ) -> None:
     cases = _cases(1)
-    wanted = await asyncio.to_thread(_one_engine, random_model_dir, cases, tmp_path)
+    wanted = await asyncio.to_thread(_one_engine, random_model_dir, cases)
     got = await _answers(pair.url, cases)
     assert got == [(answer["token_ids"], answer["text"]) for (answer,) in wanted]
 

@@ -17,6 +17,7 @@ import msgspec
 from aiohttp import web
 from msgspec import Struct, UnsetType
 
+from tinfer.api.access import OPEN, PRIVILEGED
 from tinfer.api.context import ID_HEADER, Api
 from tinfer.api.deadline import HEADER as TIMEOUT_HEADER
 from tinfer.api.fields import IGNORED_HEADER, REFUSED
@@ -90,13 +91,18 @@ _NEVER_NULL: dict[type[Struct], tuple[str, ...]] = {CompletionRequest: ("prompt"
 
 _ERRORS = {
     400: "The request is at fault; `param` names the field.",
+    401: "The server has API keys, and the request shows none of them.",
+    403: "Without API keys: what looks inside is for clients on this machine only.",
     404: "No model of that name is served.",
+    408: "The body did not come in time.",
     413: "The body is too large.",
     429: "The server is full; come back after `Retry-After` seconds.",
+    431: "The head of the request is too large.",
     500: "The server, or every worker that it tried, failed on the request.",
     504: "The answer took longer than it was given.",
     503: "The server is starting or stopping, is out of connections, or has no worker.",
 }
+_KEY = "key"
 _RETRY_AFTER: Schema = {
     "description": "Seconds until another try is worth it.",
     "schema": {"type": "integer", "minimum": 1},
@@ -165,7 +171,10 @@ def document(endpoints: typing.Iterable[Endpoint], version: str) -> Schema:
             "description": "Completions and chat as OpenAI and `vllm serve` have them.",
         },
         "paths": paths,
-        "components": {"schemas": _requests(endpoints) | _replies(endpoints)},
+        "components": {
+            "schemas": _requests(endpoints) | _replies(endpoints),
+            "securitySchemes": {_KEY: {"type": "http", "scheme": "bearer"}},
+        },
     }
 
 
@@ -186,6 +195,8 @@ def _operation(endpoint: Endpoint) -> Schema:
         parameters += [_ASK_TRACE, _OWN_ID, _OWN_LIMIT]
     if parameters:
         operation["parameters"] = parameters
+    if endpoint.path not in OPEN:
+        operation["security"] = [{}, {_KEY: []}]  # either, as the server has no keys or has some
     if endpoint.takes is not None:
         content = {"application/json": {"schema": _reference(endpoint.takes)}}
         operation["requestBody"] = {"required": True, "content": content}
@@ -203,8 +214,7 @@ def _responses(endpoint: Endpoint) -> Schema:
     responses = {str(endpoint.status): success}
     as_json = {"application/json": {"schema": _reference(ErrorBody)}}
     as_text = {"text/plain": {"schema": {"type": "string"}}}
-    # Any connection can meet a 503 of the listener, and any handler an error of its own.
-    for status in sorted({*endpoint.errors, 500, 503}):
+    for status in sorted({*endpoint.errors, *_statuses_of_all(endpoint)}):
         content = as_json | as_text if status in endpoint.plain_errors else as_json
         answer: Schema = {"description": _ERRORS[status], "content": content}
         if status in (429, 503):
@@ -212,6 +222,18 @@ def _responses(endpoint: Endpoint) -> Schema:
         responses[str(status)] = answer
     responses["default"] = {"description": "Any other error.", "content": as_json}
     return responses
+
+
+def _statuses_of_all(endpoint: Endpoint) -> Iterator[int]:
+    """Errors that no handler names: any head can be too large, any connection meet a 503 of the
+    listener, any handler fail."""
+    yield from (431, 500, 503)
+    if endpoint.path not in OPEN:
+        yield 401
+    if endpoint.path.startswith(PRIVILEGED):
+        yield 403
+    if endpoint.takes is not None:
+        yield 408
 
 
 def _stream(event: type[Struct]) -> Schema:

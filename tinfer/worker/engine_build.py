@@ -10,6 +10,7 @@ from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from tinfer.wire.control import WorkerSpec
+from tinfer.worker.eager import compute_eagerly
 from tinfer.worker.environment import VLLM_ENVIRONMENT
 from tinfer.worker.model_inspection import inspect_in_this_process
 from tinfer.worker.ranks.build import RanksOf
@@ -38,6 +39,7 @@ def build_engine(spec: WorkerSpec, wake_path: str) -> LLMEngine:
         with RanksOf(spec) as ranks:
             return _checked(LLMEngine.from_engine_args(_engine_args(spec, wake_path, ranks)))
     if spec.device == "cpu":
+        compute_eagerly()
         patch_cpu_runner()
         set_threads(spec.num_threads)
     return _checked(LLMEngine.from_engine_args(_engine_args(spec, wake_path, None)))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from vllm.config import VllmConfig
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from tinfer.worker.eager import compute_eagerly
 from tinfer.worker.ranks.plan import plan_of
 from tinfer.worker.ranks.queues import nap_in_queues
 from tinfer.worker.ranks.rank import Rank
@@ -20,9 +20,7 @@ class CpuRank(Rank, CPUWorker):
 
     def __init__(self, vllm_config: VllmConfig, local_rank: int, *args: Any, **kwargs: Any) -> None:
         nap_in_queues()
+        compute_eagerly()
         patch_cpu_runner()
-        # vLLM compiles a part of the embedding by itself when it is split between ranks. That needs
-        # a C++ compiler, took 2 s at the first request, and is to be had in eager mode for nothing.
-        torch.compiler.set_stance("force_eager")
         set_threads(plan_of(vllm_config).num_threads)
         super().__init__(vllm_config, local_rank, *args, **kwargs)
