@@ -35,7 +35,7 @@ from benchmarks.chaos_figures import figures_of, spread, table
 from benchmarks.chaos_master import SCENARIOS, Gone, killed
 from benchmarks.chaos_storm import Storm, left_by, storm
 from benchmarks.chaos_vllm import PoolLoad, worst_margins
-from benchmarks.result import heading, write
+from benchmarks.result import heading, unwind_on_sigterm, write
 from tests.e2e.serving import serving
 from tests.process.box import Server
 from tests.process.load import fake_flags
@@ -225,6 +225,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=argparse.FileType("w"), help="write the result here")
     arguments = parser.parse_args()
+    unwind_on_sigterm()
     with tempfile.TemporaryDirectory(prefix="c") as folder:
         chaos = Chaos(arguments, Path(folder))
         asyncio.run(chaos.run())

@@ -34,7 +34,7 @@ import aiohttp
 import msgspec
 import numpy as np
 
-from benchmarks.result import heading, write
+from benchmarks.result import heading, unwind_on_sigterm, write
 from tests.e2e.serving import serving, until_idle
 from tests.process.load import fake_flags
 from tinfer.bench.outcome import LoadRun, Outcome, Planned
@@ -260,6 +260,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=argparse.FileType("w"), help="write the result here")
     arguments = parser.parse_args()
+    unwind_on_sigterm()
     with tempfile.TemporaryDirectory(prefix="o") as folder:
         overload = Overload(arguments, Path(folder))
         asyncio.run(overload.run())

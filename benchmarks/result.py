@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any, TextIO
 
 from tinfer.bench.compare.hardware import hardware_of, versions
+
+
+def unwind_on_sigterm() -> None:
+    """Have SIGTERM end this process as an exception does, so that its servers end with it."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def heading(name: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.chaos_clients import Asked, Crowd, FakeLoad, asked, judged
-from benchmarks.result import heading, write
+from benchmarks.result import heading, unwind_on_sigterm, write
 from tests.process.box import Server, running
 from tests.process.load import random_prompt
 from tinfer.sim.plots import figure, saved
@@ -195,6 +195,7 @@ def main() -> int:
     parser.add_argument("--json", type=argparse.FileType("w"), help="write the result here")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the samples")
     arguments = parser.parse_args()
+    unwind_on_sigterm()
     with tempfile.TemporaryDirectory(prefix="s") as folder:
         found = asyncio.run(soaked(arguments, Path(folder)))
     write({**heading("soak"), **found}, arguments.json)
