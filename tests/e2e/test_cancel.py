@@ -22,8 +22,8 @@ import pytest
 from tests.e2e.following import Follower, client_session, until_state
 from tests.e2e.serving import ServeProcess, get_json, until_idle
 
-NUM_REQUESTS = 500
-NUM_ROUNDS = 5
+NUM_REQUESTS = 300
+NUM_ROUNDS = 4
 MAX_PROMPT_TOKENS = 2000
 MAX_OUTPUT_TOKENS = 60
 # At once; beyond the seats, so that the master's queue is never empty for long.

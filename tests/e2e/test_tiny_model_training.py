@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional
+from torch.optim import _muon
 
-from tinfer.tiny_model import attention, files, tasks, train
+from tinfer.tiny_model import attention, files, precision, tasks, train
+
+# As torch has it, before a trainer puts its own in its place.
+BFLOAT16_ONE: Any = _muon._zeropower_via_newtonschulz
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "TOKENS_PER_STEP", 1200)
-    monkeypatch.setattr(train, "SAVE_EVERY_STEPS", 3)
+    monkeypatch.setattr(train, "TOKENS_PER_STEP", 500)
+    monkeypatch.setattr(train, "SAVE_EVERY_STEPS", 2)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
 
 
@@ -47,20 +52,20 @@ def test_training_never_sees_a_held_out_prompt() -> None:
 
 
 def test_a_run_that_was_cut_off_goes_on_as_if_not(small: None, tmp_path: Path) -> None:
-    train.train(tmp_path / "whole", tmp_path / "whole-model", num_steps=6)
-    trainer = train.Trainer(6)
-    for _, batch in list(train.steps(trainer))[:3]:
+    train.train(tmp_path / "whole", tmp_path / "whole-model", num_steps=4)
+    trainer = train.Trainer(4)
+    for _, batch in list(train.steps(trainer))[:2]:
         trainer.train_step(batch)
     (tmp_path / "cut").mkdir()
     trainer.save(tmp_path / "cut" / "checkpoint.safetensors")
     del trainer
-    train.train(tmp_path / "cut", tmp_path / "cut-model", num_steps=6)
+    train.train(tmp_path / "cut", tmp_path / "cut-model", num_steps=4)
     whole, cut = (
         load_file(tmp_path / f"{n}-model" / "model.safetensors") for n in ("whole", "cut")
     )
     assert whole.keys() == cut.keys()
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
-    assert train.checkpoint_step(tmp_path / "cut" / "checkpoint.safetensors") == 6
+    assert train.checkpoint_step(tmp_path / "cut" / "checkpoint.safetensors") == 4
 
 
 @pytest.mark.parametrize("num_tokens", [1, 127, 128, 129, 300])
@@ -90,3 +95,14 @@ def test_the_model_is_trained_with_it(small: None) -> None:
     ours = trainer.model(input_ids=prompt).logits
     trainer.model.config._attn_implementation = "sdpa"
     torch.testing.assert_close(ours, trainer.model(input_ids=prompt).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (96, 64), (32, 32)])
+def test_matrices_are_made_orthogonal_in_float32_too(shape: tuple[int, int]) -> None:
+    update = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    coefficients = (3.4445, -4.775, 2.0315)  # torch.optim.Muon's default
+    found = precision.orthogonalized(update, coefficients, 5, 1e-7)
+    wanted = BFLOAT16_ONE(update, coefficients, 5, 1e-7).float()
+    assert functional.cosine_similarity(found.flatten(), wanted.flatten(), dim=0) > 0.999
+    assert found.shape == update.shape
+    assert torch.linalg.svdvals(found).sub(1).abs().max() < 0.5

@@ -29,6 +29,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tinfer.tiny_model import attention, files, tasks
+from tinfer.tiny_model.precision import HAS_FAST_BFLOAT16, orthogonalize_in_float32
 from tinfer.tiny_model.words import SYSTEM_PROMPTS
 
 SEED = 20
@@ -141,6 +142,7 @@ class Trainer:
 
     def __init__(self, num_steps: int) -> None:
         torch.manual_seed(SEED)
+        orthogonalize_in_float32()
         self.num_steps = num_steps
         self.step = 0
         config = LlamaConfig(**{**files.model_config(), "torch_dtype": "float32"})
@@ -163,7 +165,7 @@ class Trainer:
     def train_step(self, batch: list[Conversation]) -> float:
         """One update; returns the mean loss per answer token, in nats, without weights."""
         ids, labels = padded(batch)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=HAS_FAST_BFLOAT16):
             hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
             targets = labels[:, 1:]
             counted = targets != IGNORED
