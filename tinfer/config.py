@@ -379,7 +379,7 @@ def taken(name: str, value: Any) -> Any:
     except msgspec.ValidationError as error:
         raise ValueError(str(error).replace(" - at `$", " - at `")) from error
     if reason := _fault(name, value):
-        raise ValueError(reason.removeprefix(": "))
+        raise ValueError(reason.removeprefix(": ").strip())
     return value
 
 

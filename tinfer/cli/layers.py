@@ -36,7 +36,7 @@ class Given(Struct, frozen=True):
     sources: dict[str, Source]
 
 
-_DEFAULT = Source("default")
+_DEFAULT, _FLAG = Source("default"), Source("flag")
 
 
 def put_together(
@@ -62,10 +62,25 @@ def put_together(
             given.sources[KEY_OPTION] = Source("environment", variable)
     for name, value in from_file.items():
         _add(given, name, value, Source("file", path))
+    for name, value in _from_environment_too(context, upper).items():
+        _add(given, name, value, Source("environment", f"{PREFIX}_{name.upper()}"))
     for name, value in values.items():
         if upper[name] != _DEFAULT:
             _add(given, name, value, upper[name])
     return given
+
+
+def _from_environment_too(context: click.Context, upper: Mapping[str, Source]) -> dict[str, Any]:
+    """What the environment says of options with names inside, of which click has taken the flags
+    alone."""
+    found: dict[str, Any] = {}
+    for option in context.command.params:
+        name = str(option.name)
+        if upper.get(name) == _FLAG and isinstance(context.params[name], dict):
+            written = option.value_from_envvar(context)
+            if written is not None:
+                found[name] = option.process_value(context, written)
+    return found
 
 
 def _add(given: Given, name: str, value: Any, source: Source) -> None:
@@ -80,7 +95,7 @@ def _add(given: Given, name: str, value: Any, source: Source) -> None:
 def _source(context: click.Context, name: str) -> Source:
     match context.get_parameter_source(name):
         case ParameterSource.COMMANDLINE:
-            return Source("flag")
+            return _FLAG
         case ParameterSource.ENVIRONMENT:
             return Source("environment", f"{PREFIX}_{name.upper()}")
     return _DEFAULT
