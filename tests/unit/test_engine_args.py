@@ -5,19 +5,25 @@ from __future__ import annotations
 import ast
 import enum
 import importlib.util
+import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from tests.wire.samples import SPEC
 from tinfer.cli import main
 from tinfer.config import ServeConfig, load
 from tinfer.engine_args import REFUSED_NAMES, plain_name, refusal, why_no_option
 from tinfer.errors import StartError
+from tinfer.wire.control import CannotFork, FrameReader
+from tinfer.worker import zygote
 from tinfer.worker.engine_arguments import UnfitArgument, converted
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -222,3 +228,23 @@ def test_a_value_that_does_not_fit(
 def test_an_option_of_tinfer_is_called_by_its_flag() -> None:
     with pytest.raises(UnfitArgument, match=r"^--quantization: \"fp9\" is not what"):
         converted({"quantization": "fp9"}, HINTS)
+
+
+def test_the_import_process_forks_nothing_that_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tinfer.worker.engine_arguments.engine_hints", lambda: HINTS)
+    misfit = msgspec.structs.replace(SPEC, engine="vllm", engine_args={"max_logprob": 1})
+    reason = zygote._misfit(misfit)
+    assert reason is not None and "did you mean max_logprobs?" in reason
+    assert zygote._misfit(msgspec.structs.replace(misfit, engine_args={"name": "x"})) is None
+    # The fake engine has no vLLM to ask.
+    assert zygote._misfit(msgspec.structs.replace(misfit, engine="fake")) is None
+    ours, its = socket.socketpair()
+    with ours, its:
+        starter = zygote.Zygote(its, -1, Path("/nowhere"), "vllm", None)
+        starter._start(misfit)
+        (report,) = FrameReader().feed(ours.recv(1 << 16))
+        os.close(starter._child_read)
+        os.close(starter._child_write)
+    assert report == CannotFork(misfit.worker_id, misfit.generation, reason)
