@@ -13,6 +13,7 @@ FILE = """
 route = "split"
 served_model_name = "tiny"
 kv_cache_dtype = "bfloat16"
+max_model_len = 4096
 
 [engine_args]
 max_logprobs = 30
@@ -26,10 +27,11 @@ async def test_they_reach_both_workers(tmp_path: Path, model_dir: str) -> None:
     file = tmp_path / "tinfer.toml"
     file.write_text(FILE)
     body: dict[str, Any] = {"model": "tiny", "prompt": "Spell planet.", "max_tokens": 4}
+    body |= {"ignore_eos": True, "temperature": 0.0, "return_tokens_as_token_ids": True}
     with serving(tmp_path, model_dir, "--config", str(file), "--log-dir", str(tmp_path)) as server:
         async with aiohttp.ClientSession(server.url) as session:
             for wanted, status in ((25, 200), (31, 400)):
-                asked = {**body, "logprobs": wanted, "return_tokens_as_token_ids": True}
+                asked = {**body, "logprobs": wanted}
                 async with session.post("/v1/completions", json=asked) as got:
                     assert got.status == status, await got.text()
                     answer = await got.json()

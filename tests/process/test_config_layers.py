@@ -10,6 +10,7 @@ import aiohttp
 import pytest
 
 from tests.e2e.serving import get_json, run_to_end, serving
+from tests.unit.model_box import SMALL, write_model
 
 FILE = """
 engine = "fake"
@@ -85,6 +86,13 @@ def test_what_a_split_cannot_have_ends_the_start(
     code, line = run_to_end(tmp_path, environment=environment)
     assert code == 2
     assert line.startswith(f"tinfer: {told}")
+
+
+def test_a_model_that_speculates_by_itself_is_not_served(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m", {**SMALL, "speculators_config": {}})
+    code, line = run_to_end(tmp_path, str(model))
+    assert code == 2
+    assert line.startswith("tinfer: config.json of the model has a speculators_config")
 
 
 def test_showing_the_configuration_starts_nothing(tmp_path: Path) -> None:
