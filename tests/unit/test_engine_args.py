@@ -77,7 +77,7 @@ def test_what_is_an_option_of_tinfer_is_named(name: str) -> None:
 
 
 def test_a_key_inside_an_object_is_refused() -> None:
-    asked = {"hisparse_config": {}}
+    asked: dict[str, Any] = {"hisparse_config": {}}
     reason = refusal("attention_config", asked, OPTIONS)
     assert reason is not None and reason.startswith(
         "hisparse_config: it forces vLLM's model runner"
