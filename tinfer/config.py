@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import re
+import typing
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
+from tinfer.engine_args import refusal
 from tinfer.errors import StartError
 
 Positive = Annotated[int, Meta(ge=1)]
@@ -20,6 +22,7 @@ Positive = Annotated[int, Meta(ge=1)]
 JSON_LISTS = frozenset({"allowed_origins", "allowed_methods", "allowed_headers"})
 # The paper's, for OPT-13B on V100s (arXiv 2401.11181, section 3.3.2).
 DEFAULT_CHUNK_TOKENS = 512
+DEFAULT_MAX_LOGPROBS = 20  # Source: vLLM --max-logprobs
 
 
 class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -200,6 +203,13 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         Literal["auto", "half", "float16", "bfloat16", "float", "float32"],
         Meta(description="Data type of weights and activations."),
     ] = "auto"
+    quantization: Annotated[
+        str | None, Meta(description="How weights are quantized (vLLM's names). Default: as found.")
+    ] = None
+    kv_cache_dtype: Annotated[
+        Literal["auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"],
+        Meta(description="Data type of KV blocks; auto: the model's. fp8 is fp8_e4m3."),
+    ] = "auto"
     max_model_len: Annotated[
         Positive | None, Meta(description="Longest prompt plus answer. Default: the model's.")
     ] = None
@@ -236,6 +246,10 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         bool, Meta(description="Run code that the model's directory brings along.")
     ] = False
     seed: Annotated[int, Meta(description="Seed of the engines' own random generators.")] = 0
+    engine_arg: Annotated[
+        dict[str, Any],
+        Meta(description="Any other engine argument of vLLM, for all workers."),
+    ] = {}
 
     chat_template: Annotated[
         str | None, Meta(description="Chat template: a file, or the template itself.")
@@ -313,17 +327,14 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def slo_s(self) -> dict[str, float]:
-        """The bounds of `slo` in seconds, by metric. Raises `ValueError` for what is none."""
-        bounds: dict[str, float] = {}
-        for pair in ",".join(self.slo).split(",") if self.slo else ():
-            name, _, text = pair.partition(":")
-            bound_ms = float(text)
-            if name in bounds or bound_ms <= 0:
-                raise ValueError(
-                    f"{name} has two bounds" if name in bounds else f"{pair} is no time"
-                )
-            bounds[name] = bound_ms / 1e3
-        return bounds
+        """The bounds of `slo` in seconds, by metric."""
+        return _bounds_s(self.slo)
+
+    @property
+    def max_logprobs(self) -> int:
+        """Most likely tokens that a request may ask for; vLLM's engine argument and its default."""
+        given = self.engine_arg.get("max_logprobs")
+        return given if isinstance(given, int) else DEFAULT_MAX_LOGPROBS
 
     @property
     def step_tokens(self) -> int:
@@ -348,18 +359,56 @@ def load(values: dict[str, Any], strict: bool = True) -> ServeConfig:
         reason, _, place = str(error).partition(" - at `$.")
         raise StartError(f"bad option{_flag(place)}: {reason}") from error
     for name in ServeConfig.__struct_fields__:
-        value = getattr(config, name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise StartError(f"bad option{_flag(name)}: {value} is not a finite number")
-    try:
-        _ = config.slo_s
-    except ValueError as error:
-        raise StartError(f"bad option --slo: {error}") from error
+        if reason := _fault(name, getattr(config, name)):
+            raise StartError(f"bad option{_flag(name)}{reason}")
     if config.prefill == config.decode == 0:
         raise StartError("no worker: --prefill and --decode are both 0")
     if config.route == "split" and 0 in (config.prefill, config.decode):
         raise StartError("--route split needs at least one --prefill and one --decode worker")
     return config
+
+
+def taken(name: str, value: Any) -> Any:
+    """The value of one option as the configuration will have it, of the very type it has to have.
+
+    Raises `ValueError` saying what is wrong with it.
+    """
+    hint = typing.get_type_hints(ServeConfig, include_extras=True)[name]
+    try:
+        value = msgspec.convert(value, hint)
+    except msgspec.ValidationError as error:
+        raise ValueError(str(error).replace(" - at `$", " - at `")) from error
+    if reason := _fault(name, value):
+        raise ValueError(reason.removeprefix(": ").strip())
+    return value
+
+
+def _fault(name: str, value: Any) -> str:
+    """What is wrong with a value of the right type, behind the option's name; empty if nothing."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f": {value} is not a finite number"
+    if name == "slo":
+        try:
+            _bounds_s(value)
+        except ValueError as error:
+            return f": {error}"
+    if name == "engine_arg":
+        for argument, given in value.items():
+            if reason := refusal(argument, given, ServeConfig.__struct_fields__):
+                return f" {argument}: {reason}"
+    return ""
+
+
+def _bounds_s(slo: tuple[str, ...]) -> dict[str, float]:
+    """The bounds in seconds, by metric. Raises `ValueError` for what is none."""
+    bounds: dict[str, float] = {}
+    for pair in ",".join(slo).split(",") if slo else ():
+        name, _, text = pair.partition(":")
+        bound_ms = float(text)
+        if name in bounds or bound_ms <= 0:
+            raise ValueError(f"{name} has two bounds" if name in bounds else f"{pair} is no time")
+        bounds[name] = bound_ms / 1e3
+    return bounds
 
 
 def _flattened(values: dict[str, Any]) -> dict[str, Any]:

@@ -63,6 +63,9 @@ BOX = {"--preset": ("best", ""), "--tuned": ("/no/such/file", "/")}
 BAD: dict[str, dict[str, tuple[str, ...]]] = {
     "serve": {
         **POLICIES,
+        "--config": ("", "/", "/no/such/file.toml", "/dev/null", "options.json"),
+        "--engine-arg": ("", "x", "=1", "--=1", "model=/m", "port=1", "kv_transfer_config={}"),
+        "--kv-cache-dtype": (*NAME, "int8"),
         "--event-log": ("/no/such/folder/log", "/"),
         "--hang-timeout": ("0", "-1", "nan", "x"),
         "--max-request-restarts": ("-1", "1.5", "x"),

@@ -3,6 +3,7 @@ and help is there without loading what only serving needs."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import typing
@@ -38,6 +39,7 @@ VALUES: dict[str, Any] = {
     "overflow_risk": 0.25,
     "predictor_accuracy": 0.5,
     "fake_engine": {"step_s": 0.5, "num_blocks": 8.0},
+    "engine_arg": {"max_logprobs": 5, "hf_overrides": {"a": [1, None]}, "load_format": "dummy"},
     "served_model_name": ("a", "b/c"),
 }
 
@@ -90,7 +92,8 @@ def flags_of(name: str, value: Any) -> list[str]:
     if isinstance(value, tuple):
         return [word for item in value for word in (flag, item)]
     if isinstance(value, dict):
-        return [word for key, number in value.items() for word in (flag, f"{key}={number}")]
+        texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in value.items()}
+        return [word for key, text in texts.items() for word in (flag, f"{key}={text}")]
     return [flag, str(value)]
 
 
@@ -135,8 +138,11 @@ def test_all_options_at_once(ran: Ran) -> None:
         (["--prefill", "0", "--decode", "0"], "--prefill and --decode"),
         (["--tensor-parallel-size", "0"], "--tensor-parallel-size"),
         (["--cpu-threads", "0"], "--cpu-threads"),
-        (["--json", "-"], "--json goes with --dry-run"),
+        (["--json", "-"], "--json goes with --dry-run or --print-config"),
         (["--route", "split", "--decode", "0"], "--route split"),
+        (["--print-config", "--dry-run"], "--print-config does not go with --dry-run"),
+        (["--config", "/no/such.toml"], "--config: cannot read /no/such.toml"),
+        (["--config", "options.ini"], "--config options.ini: its name has to end with .toml"),
     ],
 )
 def test_a_mistake_ends_with_code_2_and_one_line_that_names_it(

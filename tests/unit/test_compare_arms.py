@@ -138,8 +138,9 @@ def test_settings_reach_every_server() -> None:
 
 def test_nothing_unequal_is_inherited() -> None:
     unequal = {"OMP_NUM_THREADS": "8", "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_API_KEY": "k"}
-    kept = inherited({"PATH": "/bin", **unequal})
-    assert kept == {"PATH": "/bin"}
+    options = {"TINFER_MAX_NUM_SEQS": "8", "TINFER_ROUTE": "whole", "TINFER_CONFIG": "/x.toml"}
+    kept = inherited({"PATH": "/bin", "TINFER_PYTHON": "python3", **unequal, **options})
+    assert kept == {"PATH": "/bin", "TINFER_PYTHON": "python3"}
 
 
 def test_arms_by_name() -> None:

@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 # No part of tinfer below them; every part may use them.
-LEAVES = {"cgroup", "clock", "errors", "tiny_model", "unix_socket"}
+LEAVES = {"cgroup", "clock", "engine_args", "errors", "tiny_model", "unix_socket"}
 MAY_USE = {
     "core": set[str](),
     "wire": {"core"},
@@ -44,6 +44,7 @@ MAY_USE = {
 # The command line and `python -m tinfer` tie everything together.
 ENTRY = {"cli", "__main__", "__init__"}
 CLI_AT_IMPORT = {"click", "msgspec", "tinfer.cli", "tinfer.clock", "tinfer.config", "tinfer.errors"}
+CLI_AT_IMPORT |= {"tinfer.engine_args"}
 VERSION = "tinfer.__version__"
 PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "shelve", "marshal"}
 VLLM_OUTSIDE_WORKER = {"tinfer.api.vllm_parsers"}

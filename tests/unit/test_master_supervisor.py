@@ -16,7 +16,7 @@ from tinfer.master import supervisor as module
 from tinfer.master.placement import Placement
 from tinfer.master.rundir import RunDirectory
 from tinfer.master.supervisor import Life, Supervisor, WorkerSlot
-from tinfer.wire.control import Forked, Imported, WorkerSpec
+from tinfer.wire.control import CannotFork, Forked, Imported, WorkerSpec
 from tinfer.wire.links import Incarnation
 from tinfer.wire.messages import Ready
 
@@ -49,6 +49,7 @@ class Fleet:
         self.run_dir = RunDirectory()
         self.up: list[Incarnation] = []
         self.down: list[Incarnation] = []
+        self.given_up: list[str] = []
         self.lost = asyncio.Event()
         self.supervisor = Supervisor(
             config,
@@ -57,7 +58,7 @@ class Fleet:
             "/m",
             lambda slot: self.up.append(slot.incarnation),
             self._on_down,
-            lambda _slot: None,
+            lambda slot: self.given_up.append(slot.reason),
             lambda: None,
         )
         self.process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
@@ -130,3 +131,16 @@ async def test_an_import_process_that_does_not_come_to_an_order_is_replaced(
     fleet.supervisor._start_too_slow(fleet.slot)
     assert orders.num_kills == has_imported
     assert fleet.slot.life is Life.DEAD
+
+
+@pytest.mark.parametrize("generation", [0, 1])
+async def test_a_worker_that_cannot_be_forked_is_given_up(fleet: Fleet, generation: int) -> None:
+    """What is wrong with its specification stays so; an order of before does not count."""
+    fleet.supervisor._control(CannotFork("prefill-0", generation, "--engine-arg x: no such"))
+    if generation == 0:
+        assert (fleet.slot.life, fleet.given_up) == (Life.STARTING, [])
+        return
+    assert (fleet.slot.life, fleet.given_up) == (Life.GIVEN_UP, ["--engine-arg x: no such"])
+    error = fleet.supervisor.cannot_start(fleet.slot)
+    assert error.message == "worker prefill-0 (CPU) cannot start: --engine-arg x: no such"
+    assert fleet.up == fleet.down == []

@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from tinfer.core.sampling import SamplingSpec, StructuredSpec, TokenLogprobs
 from tinfer.wire import control, messages
-from tinfer.wire.control import Exited, Fork, Forked, Imported, WorkerSpec
+from tinfer.wire.control import CannotFork, Exited, Fork, Forked, Imported, WorkerSpec
 from tinfer.wire.messages import (
     Abort,
     Aborted,
@@ -92,7 +92,10 @@ SPEC = WorkerSpec(
     device="cpu",
     cpus=[0, 1],
     environment={"A": "b"},
-    engine_args={"dtype": "auto", "seed": 0, "gpu_memory_utilization": 0.5, "enforce_eager": True},
+    engine_args={
+        **{"dtype": "auto", "seed": 0, "gpu_memory_utilization": 0.5, "enforce_eager": True},
+        "hf_overrides": {"a": [1, None]},
+    },
     lease_ttl_s=10.0,
     fake={"step_s": 0.5, "num_blocks": 8},
 )
@@ -163,6 +166,7 @@ CONTROL: list[control.Control] = [
     Fork(SPEC),
     Forked("decode-1", 4, 4242, forked=True),
     Forked("decode-1", 4, 4242, forked=False, note="WSL"),
+    CannotFork("decode-1", 4, "--engine-arg x: no such engine argument"),
     Exited(4242, -9),
     Imported(6.5),
 ]

@@ -20,6 +20,12 @@ _LEAVES: dict[Any, st.SearchStrategy[Any]] = {
     float: st.floats(allow_nan=False),
     type(None): st.none(),
 }
+# Where a message carries what JSON has.
+_LEAVES[Any] = st.recursive(
+    st.one_of([_LEAVES[kind] for kind in (int, str, bool, float, type(None))]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(_LEAVES[str], inner, max_size=2),
+    max_leaves=4,
+)
 
 
 def values(hint: Any) -> st.SearchStrategy[Any]:

@@ -51,9 +51,8 @@ def _takes(option: click.Option) -> str:
         return ", ".join(f"`{choice}`" for choice in kind.choices)
     if isinstance(kind, click.IntRange | click.FloatRange):
         return f"{kind.name.split()[0]} {_bounds(kind)}".rstrip()
-    if option.metavar:
-        return f"{option.metavar}, repeatable"
-    return "text, repeatable" if option.multiple else kind.name
+    what = option.metavar or kind.name
+    return f"{what}, repeatable" if option.multiple else what
 
 
 def _bounds(kind: Any) -> str:

@@ -11,7 +11,11 @@ from typing import Annotated, Any, Literal, TypeVar, Union
 
 import click
 import msgspec
+from click.core import ParameterSource
 from msgspec import Meta, Struct
+
+from tinfer.cli.key import KEY_OPTION
+from tinfer.engine_args import plain_name
 
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 ParsedT = TypeVar("ParsedT")
@@ -41,6 +45,34 @@ class Words(click.ParamType[str]):
         return str(value)
 
 
+class FieldOption(click.Option):
+    """An option that a variable of the environment can give as well, where the command has a prefix
+    for them: an option with several values as words, or as the JSON array or object of them."""
+
+    def value_from_envvar(self, ctx: click.Context) -> Any:
+        text = self.resolve_envvar_value(ctx)
+        if text is None or not self.multiple or not text.lstrip().startswith(("[", "{")):
+            return super().value_from_envvar(ctx)
+        try:
+            given = msgspec.json.decode(text, type=list[str] | dict[str, Any])
+        except msgspec.MsgspecError as error:
+            hint = f"'{self.variable(ctx)}'"
+            raise click.BadParameter(f"{text!r}: {error}", ctx, self, param_hint=hint) from error
+        if isinstance(given, list):
+            return given
+        return [f"{name}={msgspec.json.encode(value).decode()}" for name, value in given.items()]
+
+    def get_error_hint(self, ctx: click.Context | None) -> str:
+        """The variable, where that is what was wrong."""
+        source = None if ctx is None else ctx.get_parameter_source(str(self.name))
+        if ctx is not None and source is ParameterSource.ENVIRONMENT:
+            return f"'{self.variable(ctx)}'"
+        return super().get_error_hint(ctx)
+
+    def variable(self, ctx: click.Context) -> str:
+        return f"{ctx.auto_envvar_prefix}_{str(self.name).upper()}"
+
+
 def options_of(config: type[Struct], skip: frozenset[str] = frozenset()) -> _Decorator:
     """A decorator that adds one option per field of `config`, in order, with its description."""
     hints = typing.get_type_hints(config, include_extras=True)
@@ -59,22 +91,19 @@ def _option(name: str, hint: Any, default: Any) -> _Decorator:
     description = next(m.description for m in metas if m.description)
     flag = "--" + name.replace("_", "-")
     base = _plain(hint)
+    given: dict[str, Any] = {"default": default, "help": description, "cls": FieldOption}
+    # Keys come from variables that are more than this command's; who reads them takes them away.
+    given["allow_from_autoenv"] = name != KEY_OPTION
     if base is bool:
-        flag = f"{flag}/--no-{flag[2:]}"
-        return click.option(flag, name, default=default, show_default=True, help=description)
+        return click.option(f"{flag}/--no-{flag[2:]}", name, show_default=True, **given)
     if base is tuple:
-        return click.option(
-            flag, name, multiple=True, default=default, show_default=bool(default), help=description
-        )
+        return click.option(flag, name, multiple=True, show_default=bool(default), **given)
     if base is dict:
-        return click.option(
-            flag, name, multiple=True, metavar="NAME=VALUE", callback=number_pairs, help=description
-        )
+        is_numbers = typing.get_args(_unannotated(hint))[1] is float
+        given |= {"default": (), "callback": number_pairs if is_numbers else json_pairs}
+        return click.option(flag, name, multiple=True, metavar="NAME=VALUE", **given)
     kind: Any = click.Choice(typing.get_args(base)) if _is_choice(base) else _bounded(base, metas)
-    shown = default is not None
-    return click.option(
-        flag, name, type=kind, default=default, show_default=shown, help=description
-    )
+    return click.option(flag, name, type=kind, show_default=default is not None, **given)
 
 
 def _metas(hint: Any) -> list[Meta]:
@@ -98,6 +127,10 @@ def _plain(hint: Any) -> Any:
         return _plain(inner)
     origin = typing.get_origin(hint)
     return origin if origin in (tuple, dict) else hint
+
+
+def _unannotated(hint: Any) -> Any:
+    return hint.__origin__ if typing.get_origin(hint) is Annotated else hint
 
 
 def _is_choice(hint: Any) -> bool:
@@ -133,6 +166,23 @@ def number_pairs(
             equals = ""
         if not equals or not name:
             raise click.BadParameter(f"{value!r} is not NAME=NUMBER", param=param)
+    return pairs
+
+
+def json_pairs(
+    _ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> dict[str, Any]:
+    """A click callback: `NAME=VALUE` pairs by vLLM's names, a value as JSON where it is JSON and
+    else as the text that it is."""
+    pairs: dict[str, Any] = {}
+    for value in values:
+        name, equals, text = value.partition("=")
+        if not equals or not plain_name(name):
+            raise click.BadParameter(f"{value!r} is not NAME=VALUE", param=param)
+        try:
+            pairs[plain_name(name)] = msgspec.json.decode(text)
+        except msgspec.DecodeError:
+            pairs[plain_name(name)] = text
     return pairs
 
 

@@ -28,6 +28,7 @@ NOT_SIMULATED = frozenset(
     + ("allowed_origins", "allowed_methods", "allowed_headers", "allow_credentials")
     + ("prefill_devices", "decode_devices", "kv_transport", "tensor_parallel_size", "cpu_threads")
     + ("dtype", "max_model_len", "block_size", "gpu_memory_utilization", "kv_cache_memory_bytes")
+    + ("quantization", "kv_cache_dtype", "engine_arg")
     + ("enforce_eager", "trust_remote_code", "chat_template", "strict_params")
     + ("slo", "request_timeout", "shutdown_timeout", "start_timeout", "lease_ttl", "hang_timeout")
     + ("max_worker_restarts", "max_request_restarts")

@@ -190,6 +190,7 @@ class Server:
         options = ApiOptions(
             version=__version__,
             strict_params=self._config.strict_params,
+            max_logprobs=self._config.max_logprobs,
             request_timeout_s=self._config.request_timeout,
             api_keys=self._front.keys,
             cors=self._front.cors,

@@ -34,6 +34,8 @@ class Needs(Struct, frozen=True):
     step_tokens: int
     max_num_seqs: int
     block_tokens: int
+    kv_cache_dtype: str = "auto"
+    quantization: str | None = None
 
     @classmethod
     def of(cls, config: ServeConfig, shape: ModelShape, weights: Weights) -> Needs:
@@ -44,6 +46,8 @@ class Needs(Struct, frozen=True):
             step_tokens=config.step_tokens,
             max_num_seqs=config.max_num_seqs,
             block_tokens=config.block_size or BLOCK_TOKENS,
+            kv_cache_dtype=config.kv_cache_dtype,
+            quantization=config.quantization,
         )
 
     def weights_bytes(self, dtype: str) -> int:
@@ -52,7 +56,16 @@ class Needs(Struct, frozen=True):
         in_files = sizing.ITEM_BYTES.get(self.shape.dtype, 2)
         if self.shape.is_quantized:  # of tensors that nobody can tell apart before the download
             in_files = item_bytes
-        return loaded_bytes(self.weights, item_bytes, in_files)
+        num_bytes = loaded_bytes(self.weights, item_bytes, in_files)
+        if self.shape.is_quantized or self.quantization not in sizing.ONE_BYTE_WEIGHTS:
+            return num_bytes
+        # Quantized while it is loaded, but for what turns tokens into vectors and back.
+        ends = 2 * self.shape.vocab_size * self.shape.hidden_size * item_bytes
+        return min(num_bytes, ends) + max(0, num_bytes - ends) // item_bytes
+
+    def kv_dtype(self, dtype: str) -> str:
+        """The type of the KV blocks of an engine that computes in `dtype`."""
+        return dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
 
     def fixed_bytes(self, dtype: str, tp_size: int) -> int:
         """What a GPU rank needs besides its KV."""
@@ -63,7 +76,8 @@ class Needs(Struct, frozen=True):
 
     def longest_kv_bytes(self, dtype: str, tp_size: int) -> int:
         """KV of one longest request on one rank, in whole blocks and beside the engine's own."""
-        rank = sizing.kv_bytes_per_token_and_rank(self.shape, dtype, tp_size)
+        kv_dtype = self.kv_dtype(dtype)
+        rank = sizing.kv_bytes_per_token_and_rank(self.shape, kv_dtype, tp_size)
         num_blocks = -(-self.max_model_len // self.block_tokens) + 1
         return num_blocks * self.block_tokens * rank
 
@@ -130,7 +144,7 @@ def fitting_tp_size(
 
 def shorter_len(needs: Needs, dtype: str, tp_size: int, limit_bytes: int) -> int:
     """The longest request, in whole 1024s of tokens, that fits beside the weights; 0 if none."""
-    per_token = sizing.kv_bytes_per_token_and_rank(needs.shape, dtype, tp_size)
+    per_token = sizing.kv_bytes_per_token_and_rank(needs.shape, needs.kv_dtype(dtype), tp_size)
     left = limit_bytes - needs.fixed_bytes(dtype, tp_size)
     tokens = left // per_token - needs.block_tokens if per_token and left > 0 else 0
     tokens = max(0, tokens)
@@ -149,7 +163,7 @@ def kv_bytes_on_cpu(
     if kv_bytes is None:
         kv_bytes = min(max(CPU_KV_BYTES // size, 2 * longest), share)
     if kv_bytes < longest:
-        per_token = sizing.kv_bytes_per_token_and_rank(needs.shape, dtype, size)
+        per_token = sizing.kv_bytes_per_token_and_rank(needs.shape, needs.kv_dtype(dtype), size)
         fits = max(0, kv_bytes // per_token // needs.block_tokens - 1) * needs.block_tokens
         shorter = f"--max-model-len {fits - fits % 1024 or fits} fits, or " if fits else ""
         raise StartError(

@@ -6,7 +6,7 @@ GPUs are given out in `gpu_placement`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from msgspec import Struct
 
@@ -135,8 +135,9 @@ def worker_spec(
     )
 
 
-def _engine_args(config: ServeConfig, placement: Placement) -> dict[str, str | int | float | bool]:
-    arguments: dict[str, str | int | float | bool] = {
+def _engine_args(config: ServeConfig, placement: Placement) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        **config.engine_arg,
         "dtype": config.dtype,
         "max_num_seqs": config.max_num_seqs,
         "max_num_batched_tokens": config.step_tokens,
@@ -146,6 +147,10 @@ def _engine_args(config: ServeConfig, placement: Placement) -> dict[str, str | i
         "trust_remote_code": config.trust_remote_code,
         "seed": config.seed,
     }
+    if config.kv_cache_dtype != "auto":
+        arguments["kv_cache_dtype"] = config.kv_cache_dtype
+    if config.quantization is not None:
+        arguments["quantization"] = config.quantization
     if config.max_model_len is not None:
         arguments["max_model_len"] = config.max_model_len
     if config.block_size is not None:

@@ -3,6 +3,7 @@ started and before a large file is downloaded."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import msgspec
@@ -19,6 +20,7 @@ from tinfer.master.gpus import Gpu, usable_gpus
 from tinfer.master.host_memory import HostMemory, host_memory
 from tinfer.master.model import Model, resolve
 from tinfer.master.placement import Placement, on_cpu
+from tinfer.master.unsupported import check_environment, check_model
 from tinfer.tune.tuning import Tuning
 
 
@@ -91,6 +93,7 @@ def look_around(config: ServeConfig, claims: CoreClaims, nvml: Any = pynvml) -> 
     """This machine as the plan needs it. Raises `StartError` for GPUs that may not be used."""
     gpus: list[Gpu] = []
     if config.engine == "vllm":
+        check_environment(os.environ)
         check_device_files()
         gpus = usable_gpus(nvml)
     if not gpus and (config.prefill_devices or config.decode_devices):
@@ -101,6 +104,7 @@ def look_around(config: ServeConfig, claims: CoreClaims, nvml: Any = pynvml) -> 
 def decide(config: ServeConfig, around: Surroundings) -> Decision:
     """Resolve the model and place its workers. Raises `StartError` for all that cannot work."""
     model = resolve(config)
+    check_model(model.config)
     shape = sizing.read_shape(model.config)
     sizing.check_splits(shape, config.tensor_parallel_size)
     if model.hub is not None:
@@ -165,7 +169,8 @@ def _plan(
     reasons: list[str],
 ) -> Plan:
     size = config.tensor_parallel_size
-    per_rank = sizing.kv_bytes_per_token_and_rank(needs.shape, dtype, size)
+    kv_dtype = needs.kv_dtype(dtype)
+    per_rank = sizing.kv_bytes_per_token_and_rank(needs.shape, kv_dtype, size)
     weights = needs.weights_bytes(dtype)
     if model.hub is not None and model.hub.note:
         reasons = [*reasons, model.hub.note]
@@ -176,7 +181,7 @@ def _plan(
         dtype=dtype,
         weights_bytes=weights,
         max_model_len=needs.max_model_len,
-        kv_bytes_per_token=sizing.kv_bytes_per_token(needs.shape, dtype),
+        kv_bytes_per_token=sizing.kv_bytes_per_token(needs.shape, kv_dtype),
         tensor_parallel_size=size,
         route=config.route,
         transport=transport.expect(config, placements),

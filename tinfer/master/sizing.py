@@ -13,6 +13,12 @@ from msgspec import Struct
 from tinfer.errors import StartError
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
+ITEM_BYTES |= {"fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
+# Source: the methods of vLLM 0.32 that quantize 16-bit weights while they load them, one byte each.
+ONE_BYTE_WEIGHTS = frozenset(
+    ("fp8", "fp8_per_tensor", "fp8_per_block", "fp8_per_channel", "mxfp8")
+    + ("int8_per_channel_weight_only",)
+)
 _SHORT = {"half": "float16", "float": "float32"}
 # CUDA context, libraries, graphs and allocator slack of one rank. Source: an estimate; vLLM's own
 # start reports 0.5 to 1 GiB besides weights and activations.

@@ -20,7 +20,7 @@ from tinfer.errors import WorkerCannotStart
 from tinfer.master.placement import Placement, worker_spec
 from tinfer.master.rundir import RunDirectory
 from tinfer.master.zygote_link import Lifeline, ZygoteLink
-from tinfer.wire.control import Control, Exited, Fork, Forked, Imported
+from tinfer.wire.control import CannotFork, Control, Exited, Fork, Forked, Imported
 from tinfer.wire.links import Incarnation
 from tinfer.wire.messages import Ready
 
@@ -181,6 +181,8 @@ class Supervisor:
                 if not forked:
                     self.notes.add(f"workers are spawned, not forked: {note}")
                 self._forked(self.slots[worker_id], generation, pid)
+            case CannotFork(worker_id, generation, reason):
+                self._not_forked(self.slots[worker_id], generation, reason)
             case Exited(pid, status):
                 self._explain(pid, status)
             case Fork():
@@ -204,6 +206,11 @@ class Supervisor:
             self._died(slot)
             return
         self._loop.add_reader(slot.pidfd, self._died, slot)
+
+    def _not_forked(self, slot: WorkerSlot, generation: int, reason: str) -> None:
+        if generation == slot.generation and slot.life is Life.STARTING:
+            slot.reason, slot.has_said_why = reason, True
+            self._give_up(slot)
 
     def _explain(self, pid: int, status: int) -> None:
         for slot in self.slots.values():

@@ -36,7 +36,10 @@ def gpus_of(config: ServeConfig) -> list[Gpu]:
 
 def stored_tuning(config: ServeConfig, decision: Decision, gpus: Sequence[Gpu]) -> Tuning | None:
     """The stored measurement of this device, model and way to compute; None where there is none,
-    as for a model that is still to be downloaded."""
+    as for a model that is still to be downloaded, and for workers that compute in a way that is
+    never measured."""
+    if config.quantization or config.kv_cache_dtype != "auto" or config.engine_arg:
+        return None
     if not (Path(decision.model.directory) / CONFIG_NAME).exists():
         return None
     return load_for(worker_identity(config, decision, gpus))

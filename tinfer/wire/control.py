@@ -10,7 +10,7 @@ import logging
 import socket
 import struct
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
@@ -29,8 +29,8 @@ class WorkerSpec(Struct, frozen=True, forbid_unknown_fields=True):
     `environment` is set in the child before any device is touched; `cpus` are the cores that it is
     bound to (empty: not bound), shared out evenly to its `tensor_parallel_size` ranks, each of
     which computes with `num_threads` OpenMP threads on a CPU. `engine_args` are vLLM engine
-    arguments by vLLM's names. `prefill_order`: which of its unfinished prompts a step computes
-    first, the first to arrive or the one with the fewest tokens left.
+    arguments by vLLM's names, as JSON has them. `prefill_order`: which of its unfinished prompts a
+    step computes first, the first to arrive or the one with the fewest tokens left.
     """
 
     worker_id: str
@@ -43,7 +43,7 @@ class WorkerSpec(Struct, frozen=True, forbid_unknown_fields=True):
     device: Literal["cpu", "cuda"]
     cpus: list[int]
     environment: dict[str, str]
-    engine_args: dict[str, str | int | float | bool]
+    engine_args: dict[str, Any]
     lease_ttl_s: float
     fake: dict[str, int | float] = {}
     tensor_parallel_size: int = 1
@@ -67,6 +67,14 @@ class Forked(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
     note: str = ""
 
 
+class CannotFork(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
+    """The worker was not started, and with this specification never will be."""
+
+    worker_id: str
+    generation: int
+    reason: str
+
+
 class Exited(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
     """The worker's process has ended and is reaped; `status` is an exit code, or minus a signal."""
 
@@ -80,7 +88,7 @@ class Imported(Struct, tag=True, frozen=True, forbid_unknown_fields=True):
     seconds: float
 
 
-Control = Fork | Forked | Exited | Imported
+Control = Fork | Forked | CannotFork | Exited | Imported
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER: msgspec.msgpack.Decoder[Control] = msgspec.msgpack.Decoder(Control)

@@ -8,9 +8,11 @@ from typing import Any
 from vllm import LLMEngine
 from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.usage.usage_lib import UsageContext
 
 from tinfer.wire.control import WorkerSpec
 from tinfer.worker.eager import compute_eagerly
+from tinfer.worker.engine_arguments import converted, engine_hints
 from tinfer.worker.environment import VLLM_ENVIRONMENT
 from tinfer.worker.model_inspection import inspect_in_this_process
 from tinfer.worker.ranks.build import RanksOf
@@ -31,24 +33,31 @@ def build_engine(spec: WorkerSpec, wake_path: str) -> LLMEngine:
     """An engine as `spec` asks, its KV memory allocated and exportable.
 
     `wake_path` opens the pipe that the connector writes to when a pull ends. Raises whatever vLLM
-    raises, `UnsupportedModel` for KV caches other than full attention, and `RanksFailed`.
+    raises, `UnsupportedModel` for KV caches other than full attention and for what vLLM does only
+    in other ways than the hand-off knows, `UnfitArgument`, and `RanksFailed`.
     """
     os.environ.update(VLLM_ENVIRONMENT)
     inspect_in_this_process()
     if spec.tensor_parallel_size > 1:
         with RanksOf(spec) as ranks:
-            return _checked(LLMEngine.from_engine_args(_engine_args(spec, wake_path, ranks)))
+            return _built(_engine_args(spec, wake_path, ranks))
     if spec.device == "cpu":
         compute_eagerly()
         patch_cpu_runner()
         set_threads(spec.num_threads)
-    return _checked(LLMEngine.from_engine_args(_engine_args(spec, wake_path, None)))
+    return _built(_engine_args(spec, wake_path, None))
 
 
-def _checked(engine: LLMEngine) -> LLMEngine:
-    if engine.vllm_config.use_v2_model_runner:
+def _built(arguments: EngineArgs) -> LLMEngine:
+    """What cannot be served is refused before anything is loaded."""
+    config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
+    if config.speculative_config is not None:
+        raise UnsupportedModel("this model speculates by itself, which is not supported")
+    if config.use_v2_model_runner:
         raise UnsupportedModel("this model forces vLLM's model runner V2, which is not supported")
-    return engine
+    return LLMEngine.from_vllm_config(
+        config, UsageContext.ENGINE_CONTEXT, disable_log_stats=arguments.disable_log_stats
+    )
 
 
 def _engine_args(spec: WorkerSpec, wake_path: str, ranks: RanksOf | None) -> EngineArgs:
@@ -85,4 +94,4 @@ def _engine_args(spec: WorkerSpec, wake_path: str, ranks: RanksOf | None) -> Eng
         own["enforce_eager"] = True
     if ranks is not None:
         own |= ranks.engine_args()
-    return EngineArgs(**{**spec.engine_args, **own})
+    return EngineArgs(**{**converted(spec.engine_args, engine_hints()), **own})

@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpec
 
 from tinfer.wire.messages import decode_opaque, shown
 from tinfer.worker.handoff_messages import ExportMetadata, HandoffMetadata, Peer, PullReport
+from tinfer.worker.kv.format import block_dtype
 from tinfer.worker.kv.geometry import Geometry, Region
 from tinfer.worker.kv.probe import build_transport
 from tinfer.worker.kv.puller import PeerInfo, Puller, PullResult
@@ -89,7 +90,10 @@ class WorkerSide:
         cache = self._vllm_config.cache_config
         return Geometry(
             layout=config.kv_cache_layout or "",
-            dtype=str(config.kv_cache_groups[0].kv_cache_spec.dtype),  # type: ignore[attr-defined]
+            dtype=block_dtype(
+                str(config.kv_cache_groups[0].kv_cache_spec.dtype),  # type: ignore[attr-defined]
+                cache.cache_dtype,
+            ),
             block_tokens=cache.block_size,
             num_blocks=config.num_blocks,
             total_bytes=total_bytes,

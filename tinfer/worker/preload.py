@@ -36,6 +36,7 @@ _LAZY_MODULES = (
     "vllm.triton_utils.dispatcher",
     "tinfer.worker.connector",
     "tinfer.worker.engine",
+    "tinfer.worker.engine_arguments",
     "tinfer.worker.engine_scheduler",
     "tinfer.worker.process",
 )

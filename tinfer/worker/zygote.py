@@ -30,6 +30,7 @@ import msgspec
 
 from tinfer.unix_socket import remove_dead
 from tinfer.wire.control import (
+    CannotFork,
     Control,
     Exited,
     Fork,
@@ -134,6 +135,9 @@ class Zygote:
             return b""
 
     def _start(self, spec: WorkerSpec) -> None:
+        if reason := _misfit(spec):
+            self._report(CannotFork(spec.worker_id, spec.generation, reason))
+            return
         obstacle = _fork_obstacle()
         pid = self._fork(spec) if obstacle is None else self._spawn(spec)
         self._children.add(pid)
@@ -224,6 +228,19 @@ def _import_engine(engine: Literal["vllm", "fake"]) -> None:
     from tinfer.worker.preload import preload
 
     preload()
+
+
+def _misfit(spec: WorkerSpec) -> str | None:
+    """Why vLLM cannot take the engine arguments, found out once here instead of in every worker."""
+    if spec.engine == "fake":
+        return None
+    from tinfer.worker.engine_arguments import UnfitArgument, converted, engine_hints
+
+    try:
+        converted(spec.engine_args, engine_hints())
+    except UnfitArgument as error:
+        return str(error)
+    return None
 
 
 def _fork_obstacle() -> str | None:

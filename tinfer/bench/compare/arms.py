@@ -18,6 +18,7 @@ from typing import Literal, get_args
 from msgspec import Struct
 
 from tinfer.bench.compare.options import CompareOptions
+from tinfer.config import ServeConfig
 
 Kind = Literal["tinfer-auto", "tinfer-split", "tinfer-whole", "replicas", "replicas-512", "paper"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -30,7 +31,7 @@ PAPER_NUM_SEQS = 16
 NEVER_INHERITED = (
     "CUDA_VISIBLE_DEVICES",
     "OMP_NUM_THREADS",
-    "TINFER_API_KEY",
+    *(f"TINFER_{name.upper()}" for name in ("config", *ServeConfig.__struct_fields__)),
     "VLLM_API_KEY",
     "VLLM_CPU_KVCACHE_SPACE",
     "VLLM_CPU_OMP_THREADS_BIND",

@@ -10,6 +10,15 @@ from collections.abc import Sequence
 from tinfer.worker.kv.geometry import Geometry
 
 
+def block_dtype(dtype: str, cache_dtype: str) -> str:
+    """The `Geometry.dtype` of blocks whose elements are of torch's type `dtype`.
+
+    `cache_dtype` is vLLM's, "auto" where blocks are in the model's own type; it tells the 8-bit
+    floats apart, which to torch are all bytes.
+    """
+    return dtype if cache_dtype == "auto" else f"{dtype} as {cache_dtype}"
+
+
 def kv_format(ranks: Sequence[Geometry]) -> dict[str, str]:
     """The format of a worker's blocks, from the geometry of each of its ranks.
 
