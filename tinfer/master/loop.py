@@ -35,7 +35,7 @@ from tinfer.master.live import LiveRequest, deliver
 from tinfer.master.scheduling import block_hashes
 from tinfer.master.streams import RequestStream
 from tinfer.master.timeline import StartKind, Timeline
-from tinfer.predict.predictors import Asked, Predictor
+from tinfer.predict.asked import Asked, Predictor
 from tinfer.wire import messages as wire
 from tinfer.wire.links import Incarnation
 
