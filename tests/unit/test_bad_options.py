@@ -64,6 +64,8 @@ BAD: dict[str, dict[str, tuple[str, ...]]] = {
     "serve": {
         **POLICIES,
         "--event-log": ("/no/such/folder/log", "/"),
+        "--predictor-state": ("/no/such/folder/state", "/", "alone"),
+        "--predictor-state-interval": ABOVE_ZERO,
         "--hang-timeout": ("0", "-1", "nan", "x"),
         "--max-request-restarts": ("-1", "1.5", "x"),
         "--max-num-queued-tokens": ("0", "-1", "x"),

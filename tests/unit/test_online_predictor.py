@@ -77,11 +77,11 @@ def test_lengths_under_a_bound_that_cuts_all_go_on_as_the_prior_does() -> None:
 
 def test_old_traffic_fades() -> None:
     predictor = OnlinePredictor(OnlineSettings(forget_after=200, num_recent=200))
-    for asked, _ in traffic(900, seed=1):
-        serve(predictor, asked, 50)
+    for number in range(900):
+        serve(predictor, ask(number), 50)
     assert middle(predictor.predict(ask(0, 0))) == pytest.approx(50, rel=0.1)
-    for asked, _ in traffic(900, seed=2):
-        serve(predictor, asked, 500)
+    for number in range(900):
+        serve(predictor, ask(number, seed=2), 500)
     now = predictor.predict(ask(0, 0))
     assert middle(now) == pytest.approx(500, rel=0.1)
     assert now.points[1] > 400
