@@ -45,7 +45,6 @@ RUNGS: tuple[tuple[str, ...], ...] = (
     ("model", "head"),
     ("model", "head", "bound", "prompt"),
 )
-NUMBER_OF = {rung: number for number, rung in enumerate(RUNGS)}
 Key = tuple[int, ...]
 
 
@@ -54,8 +53,8 @@ class OnlineSettings(Struct, frozen=True, kw_only=True):
 
     `num_rungs` curves are kept beside the one of all answers, and `num_recent` prompts. After
     `forget_after` more answers on its rung an old one counts 1/e. A curve's parent counts as
-    `parent_answers` of its own. `censors` false takes every answer for a whole one; `rungs` leaves
-    some out; `votes` false asks no neighbours: for comparisons.
+    `parent_answers` of its own. `censors` false takes every answer for a whole one, and `votes`
+    false asks no neighbours: for comparisons.
     """
 
     num_rungs: Annotated[int, Meta(ge=len(RUNGS))] = 2048
@@ -64,7 +63,6 @@ class OnlineSettings(Struct, frozen=True, kw_only=True):
     parent_answers: Annotated[float, Meta(gt=0)] = 6.0
     censors: bool = True
     votes: bool = True
-    rungs: tuple[tuple[str, ...], ...] = RUNGS
 
 
 class OnlinePredictor:
@@ -129,9 +127,9 @@ class OnlinePredictor:
             "bound": asked.max_output_tokens.bit_length(),
             "prompt": asked.prompt_tokens.bit_length(),
         }
-        for rung in self.settings.rungs:
+        for number, rung in enumerate(RUNGS):
             if "head" not in rung or features.head:
-                yield (NUMBER_OF[rung], *(parts[name] for name in rung))
+                yield (number, *(parts[name] for name in rung))
 
     def _is_known(self, key: Key, head: int) -> bool:
         """Whether that key has a rung, or is to get one."""
