@@ -76,9 +76,9 @@ def count(counts: Row, seen: Seen, fading: np.float32) -> None:
 
 def counts_of(places: NDArray[np.intp], ended: Row, shares: Row, weights: Row) -> tuple[Row, Row]:
     """The same two rows, of several answers with weights at once."""
-    ends = np.bincount(places, weights * ended, NUM_BINS)
-    own = np.bincount(places, weights * shares, NUM_BINS)
-    all_of_bin = np.bincount(places, weights, NUM_BINS)
+    ends: Row = np.bincount(places, weights * ended, NUM_BINS).astype(np.float32)
+    own: Row = np.bincount(places, weights * shares, NUM_BINS).astype(np.float32)
+    all_of_bin: Row = np.bincount(places, weights, NUM_BINS).astype(np.float32)
     later = all_of_bin[::-1].cumsum()[::-1] - all_of_bin
     return ends, later + own
 
@@ -87,7 +87,8 @@ def refined(parent: Row, ends: Row, there: Row, parent_answers: float) -> Row:
     """Hazards from own counts and from the parent's, as if of so many answers that were there in
     every bin. Where nothing was seen, as beyond the longest bound of its requests, a curve goes on
     as its parent does. All are [NUM_BINS]."""
-    return (ends + parent_answers * parent) / (there + parent_answers)
+    hazards: Row = (ends + parent_answers * parent) / (there + parent_answers)
+    return hazards
 
 
 def lognormal(mu: float, sigma: float) -> Row:
@@ -101,7 +102,8 @@ def lognormal(mu: float, sigma: float) -> Row:
 def survival(hazards: Row) -> Row:
     """The chance that an answer is longer than each of EDGES, [NUM_BINS + 1]: from 1, falling."""
     left = np.ones(NUM_BINS + 1)
-    np.cumprod(1.0 - hazards, out=left[1:])
+    # What fades is rounded, so that a hazard of 1 may be a little more.
+    np.cumprod(np.maximum(1.0 - hazards, 0.0), out=left[1:])
     return left
 
 

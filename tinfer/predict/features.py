@@ -87,4 +87,5 @@ def slots_of(signature: bytes) -> NDArray[np.uint16]:
 def _signature(grams: NDArray[np.uint64]) -> bytes:
     """The least of each slot's own hashes of the n-grams, as 16 bits."""
     least = ((grams ^ _MASKS) * _FACTORS).min(axis=1)
-    return (least >> _TOP_BITS).astype("<u2").tobytes()
+    slots: bytes = (least >> _TOP_BITS).astype("<u2").tobytes()
+    return slots

@@ -100,7 +100,8 @@ class OnlinePredictor:
         for key in self._keys(asked):
             place = self.places.get(key)
             if place is not None:
-                curve = refined(curve, *self.counts[place], parent_answers)
+                ends, there = self.counts[place]
+                curve = refined(curve, ends, there, parent_answers)
         vote = self.neighbours.vote(asked.features.signature) if self.settings.votes else None
         return curve if vote is None else refined(curve, *vote, parent_answers)
 

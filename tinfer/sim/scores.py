@@ -6,6 +6,7 @@ the length of the bound, which is what a server has to make room for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
@@ -24,7 +25,7 @@ QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 MAX_RANKED = 3000
 INTERVALS = (0.2, 0.4, 0.6, 0.8)
 
-Floats = NDArray[np.float64]
+Floats = NDArray[np.floating[Any]]
 
 
 class Score(Struct, frozen=True, kw_only=True):
@@ -107,7 +108,7 @@ def kendall_tau(predicted: Floats, true: Floats) -> float | None:
         true_pairs += int(np.count_nonzero(other))
     if not predicted_pairs or not true_pairs:
         return None
-    return together / float(predicted_pairs * true_pairs) ** 0.5
+    return together / math.sqrt(predicted_pairs * true_pairs)
 
 
 def _within(scored: Sequence[tuple[Trial, Told]], share: float) -> tuple[float, float]:
