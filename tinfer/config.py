@@ -174,12 +174,19 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         Meta(gt=0, le=0.5, description="Chance of running out of KV that peak admission takes."),
     ] = 0.3
     predictor: Annotated[
-        Literal["prior", "max-tokens", "oracle", "noisy-oracle"],
+        Literal["prior", "online", "max-tokens", "oracle", "noisy-oracle"],
         Meta(
-            description="What says how long an answer will be; the oracles know it only where "
-            "the client ignores EOS."
+            description="What says how long an answer will be; online learns it from what is "
+            "served, the oracles know it only where the client ignores EOS."
         ),
     ] = "prior"
+    predictor_state: Annotated[
+        str | None,
+        Meta(description="File that keeps what the online predictor has learnt, between starts."),
+    ] = None
+    predictor_state_interval: Annotated[
+        float, Meta(gt=0, description="Seconds after which that file is written anew.")
+    ] = 300.0
     predictor_accuracy: Annotated[
         float, Meta(ge=0, le=1, description="Share of noisy-oracle's buckets that are right.")
     ] = 0.749

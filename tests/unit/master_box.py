@@ -14,6 +14,7 @@ from tinfer.core.types import Capacity, Role, SchedulerConfig
 from tinfer.errors import TinferError
 from tinfer.master.loop import Dispatcher
 from tinfer.master.streams import RequestStream
+from tinfer.predict.asked import Predictor
 from tinfer.predict.predictors import MaxTokens
 from tinfer.wire import messages as wire
 from tinfer.wire.links import Incarnation
@@ -75,7 +76,13 @@ class StillClock:
 class DispatcherBox:
     """A dispatcher and shorthand for what its workers say; `sent` is what they were told."""
 
-    def __init__(self, roles: str = "p d", capacity: Capacity = CAPACITY, **config: Any) -> None:
+    def __init__(
+        self,
+        roles: str = "p d",
+        capacity: Capacity = CAPACITY,
+        predictor: Predictor | None = None,
+        **config: Any,
+    ) -> None:
         self.sent: list[tuple[Incarnation, wire.ToWorker]] = []
         self.scheduler = Scheduler(SchedulerConfig(**PLAIN | config))
         self.capacity = capacity
@@ -84,7 +91,8 @@ class DispatcherBox:
             lambda to, message: self.sent.append((to, message)),
             StillClock(),
             LEASE_TTL_S,
-            MaxTokens(),
+            predictor or MaxTokens(),
+            "m",
         )
         for worker_id in roles.split():
             self.up(Incarnation(worker_id, 0))

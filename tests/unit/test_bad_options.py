@@ -67,6 +67,8 @@ BAD: dict[str, dict[str, tuple[str, ...]]] = {
         "--engine-arg": ("", "x", "=1", "--=1", "model=/m", "port=1", "kv_transfer_config={}"),
         "--kv-cache-dtype": (*NAME, "int8"),
         "--event-log": ("/no/such/folder/log", "/"),
+        "--predictor-state": ("/no/such/folder/state", "/", "alone"),
+        "--predictor-state-interval": ABOVE_ZERO,
         "--hang-timeout": ("0", "-1", "nan", "x"),
         "--max-request-restarts": ("-1", "1.5", "x"),
         "--max-num-queued-tokens": ("0", "-1", "x"),

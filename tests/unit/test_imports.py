@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 # No part of tinfer below them; every part may use them.
-LEAVES = {"cgroup", "clock", "engine_args", "errors", "tiny_model", "unix_socket"}
+LEAVES = {"atomic_file", "cgroup", "clock", "engine_args", "errors", "tiny_model", "unix_socket"}
 MAY_USE = {
     "core": set[str](),
     "wire": {"core"},
@@ -61,6 +61,7 @@ WITHOUT_ENGINE = [
     "tinfer.tuner.app",
     "tinfer.workloads",
     "tinfer.predict.predictors",
+    "tinfer.predict.online",
     "tinfer.sim.cluster",
     "tinfer.bench.app",
     "tinfer.bench.compare.app",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tinfer.core.lengths import certain
-from tinfer.predict.predictors import PREDICTORS, Asked, MaxTokens, NoisyOracle, Oracle, Prior
+from tinfer.predict.asked import Asked
+from tinfer.predict.predictors import PREDICTORS, MaxTokens, NoisyOracle, Oracle, Prior
 
 
 def asked(number: int = 0, output: int | None = 300, most: int = 4000) -> Asked:
@@ -16,7 +17,7 @@ def test_the_bound_and_the_truth() -> None:
     assert MaxTokens().predict(asked()) == certain(4000)
     assert Oracle().predict(asked()) == certain(300)
     assert Oracle().predict(asked(output=None)) == certain(4000)
-    assert sorted(PREDICTORS) == ["max-tokens", "noisy-oracle", "oracle", "prior"]
+    assert sorted(PREDICTORS) == ["max-tokens", "noisy-oracle", "online", "oracle", "prior"]
 
 
 def test_the_prior_is_what_answers_are_like_and_is_cut_at_the_bound() -> None:

@@ -16,6 +16,7 @@ _COMMANDS = {
     "tune": "Measure this box for a model: what a step and a hand-off cost, and the chunk size.",
     "doctor": "Check this box, and say what to do about what it lacks.",
     "simulate": "Simulate tinfer on a box that need not be there, and what it is compared with.",
+    "predictor": "Score predictors of answers' lengths on a request log.",
     "plan": "Find the workers and options that carry the most load within an SLO.",
 }
 

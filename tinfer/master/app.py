@@ -41,6 +41,7 @@ from tinfer.master.listener import Door
 from tinfer.master.loop import Dispatcher
 from tinfer.master.pairing import Pairs, pair
 from tinfer.master.plan import Decision
+from tinfer.master.predictor_state import PredictorState
 from tinfer.master.preparation import prepare
 from tinfer.master.rolling import Rolling
 from tinfer.master.rundir import RunDirectory
@@ -128,12 +129,15 @@ class Server:
         self._run_dir.make()
         self._link = MasterLink(self._run_dir.socket_path, self._on_message)
         self._scheduler = Scheduler(chosen)
+        predictor = predictor_of(config)
+        self._predictor_state = PredictorState(predictor, config.predictor_state)
         self._dispatcher = Dispatcher(
             self._scheduler,
             self._link.send,
             MonotonicClock(),
             config.lease_ttl,
-            predictor_of(config),
+            predictor,
+            self._names[0],
         )
         self._dispatcher.event_log = event_log
         for placement in placements:
@@ -204,7 +208,8 @@ class Server:
         gc.freeze()
         self._door.open(connections(self._runner, KEEP_ALIVE_S))
         self._service.mood = Mood.SERVING
-        endless = (self._tick(), self._lag.run(), self._hangs.run())
+        keep_state = self._predictor_state.keep(self._config.predictor_state_interval)
+        endless = (self._tick(), self._lag.run(), self._hangs.run(), keep_state)
         self._tickers = [asyncio.create_task(one) for one in endless]
         report.show(
             report.ready_block(
@@ -349,6 +354,7 @@ class Server:
         self._link.close()
         if self._dispatcher.event_log is not None:
             self._dispatcher.event_log.close()
+        self._predictor_state.save()
         self._run_dir.remove()
         if self._all_ready.done() and not self._all_ready.cancelled():
             self._all_ready.exception()  # seen, also where nobody awaited it

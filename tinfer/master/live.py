@@ -12,13 +12,16 @@ from tinfer.clock import Clock
 from tinfer.master.attempts import Attempt, text_before
 from tinfer.master.streams import RequestStream
 from tinfer.master.timeline import Timeline
+from tinfer.predict.asked import Asked
 from tinfer.wire import messages as wire
 from tinfer.wire.links import Incarnation
 
 
 class LiveRequest(Struct):
     """One accepted request, from submit until every worker has let go of it. `prompt` and
-    `emitted` are int32 token ids; `source` is where its blocks were or will be read from last."""
+    `emitted` are int32 token ids; `source` is where its blocks were or will be read from last;
+    `asked` what the length predictor was asked, until it is told of the end; `finish_reason` the
+    engine's word of it."""
 
     generation: Generation
     prompt: bytes
@@ -30,11 +33,14 @@ class LiveRequest(Struct):
     delivered_text_len: int = 0
     cached_tokens: int = 0
     source: wire.Source | None = None
+    asked: Asked | None = None
+    finish_reason: str | None = None
     workers: set[Incarnation] = set()  # those with a part in it; ended and empty, it is forgotten
 
 
 def deliver(live: LiveRequest, output: wire.Output, clock: Clock) -> None:
     """Push what the client lacks of an output."""
+    live.finish_reason = output.finish_reason
     num_tokens = live.attempt.num_moved + output.num_output_tokens
     has = (live.delivered_tokens, live.delivered_text_len)
     len_before = text_before(live.attempt, num_tokens, output.text_len, len(output.text), has)

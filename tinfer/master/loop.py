@@ -32,10 +32,11 @@ from tinfer.errors import (
 from tinfer.master.attempts import Attempt, next_attempt, remainder, to_start
 from tinfer.master.event_log import EventLog
 from tinfer.master.live import LiveRequest, deliver
+from tinfer.master.prediction import Prediction
 from tinfer.master.scheduling import block_hashes
 from tinfer.master.streams import RequestStream
 from tinfer.master.timeline import StartKind, Timeline
-from tinfer.predict.predictors import Asked, Predictor
+from tinfer.predict.asked import Asked, Predictor
 from tinfer.wire import messages as wire
 from tinfer.wire.links import Incarnation
 
@@ -59,12 +60,13 @@ class Dispatcher:
         clock: Clock,
         lease_ttl_s: float,
         predictor: Predictor,
+        model: str = "",
     ) -> None:
         self._scheduler = scheduler
         self._send = send
         self._clock = clock
         self._lease_ttl_s = lease_ttl_s
-        self._predictor = predictor
+        self._prediction = Prediction(predictor, model)
         self.event_log: EventLog | None = None
         self._refused_role: str | None = None
         self.on_drained: Callable[[Incarnation], None] = _nobody_drains
@@ -89,33 +91,25 @@ class Dispatcher:
         stream = RequestStream(request_id, self._cancelled)
         timeline = Timeline(self._clock.now_s())
         prompt = array("i", prompt_ids).tobytes()
+        asked = self._prediction.asked(request_id, generation, prompt)
         self._live[request_id] = LiveRequest(
-            generation, prompt, array("i"), stream, timeline, Attempt()
+            generation, prompt, array("i"), stream, timeline, Attempt(), asked=asked
         )
-        arrived = self._arrival(request_id, generation, prompt)
+        arrived = self._arrival(asked, generation, prompt)
         refusal = self._post(arrived, refusing=request_id)
         if refusal is not None:
             self._live.pop(request_id, None)
             raise refusal
         return stream
 
-    def _arrival(self, request_id: str, generation: Generation, prompt: bytes) -> events.Arrived:
+    def _arrival(self, asked: Asked, generation: Generation, prompt: bytes) -> events.Arrived:
         """What the scheduler is told of a request."""
-        sampling = generation.sampling
-        asked = Asked(
-            request_id,
-            prompt_tokens=len(generation.prompt_token_ids),
-            max_output_tokens=sampling.max_tokens,
-            output_tokens=sampling.max_tokens
-            if sampling.ignore_eos and not sampling.stop
-            else None,
-        )
         return events.Arrived(
-            request_id,
+            asked.request_id,
             prompt_tokens=asked.prompt_tokens,
             max_output_tokens=asked.max_output_tokens,
             route=generation.route,
-            lengths=self._predictor.predict(asked),
+            lengths=self._prediction.predict(asked),
             block_hashes=block_hashes(prompt, self.block_tokens) if self.block_tokens else (),
         )
 
@@ -146,6 +140,7 @@ class Dispatcher:
         """End every stream with an error, at the end of a shutdown that could not wait longer."""
         for live in list(self._live.values()):
             live.stream.fail(error)
+            self._prediction.over(live)
 
     # --- workers ------------------------------------------------------------------------------
 
@@ -308,6 +303,7 @@ class Dispatcher:
         live = self._live.get(request_id)
         if live is not None and live.stream.ended and not live.workers:
             del self._live[request_id]
+            self._prediction.over(live)
             self.num_finished += 1
 
     # --- the scheduler ------------------------------------------------------------------------
@@ -399,6 +395,7 @@ class Dispatcher:
         live = self._live.pop(request_id, None)
         if live is not None:
             live.stream.fail(error)
+            self._prediction.over(live)
             self.num_finished += 1
 
 

@@ -18,6 +18,7 @@ from tinfer.master.front import open_front
 from tinfer.master.hub_fetch import fetch
 from tinfer.master.limits import client_descriptors, raise_descriptor_limit
 from tinfer.master.plan import Decision, Plan
+from tinfer.master.predictor_state import check_state_option
 from tinfer.master.tuned import stored_tuning
 
 
@@ -56,6 +57,7 @@ def dry_run(config: ServeConfig) -> Plan:
 def _decide(config: ServeConfig, claims: CoreClaims) -> tuple[ServeConfig, Decision]:
     if config.event_log is not None:
         check_writable(Path(config.event_log))
+    check_state_option(config)
     around = plan.look_around(config, claims)
     decision = plan.decide(config, around)
     tuning = stored_tuning(config, decision, around.gpus)

@@ -8,7 +8,8 @@ from statistics import NormalDist
 from tinfer.config import ServeConfig
 from tinfer.core.costs import CostModel
 from tinfer.core.types import SchedulerConfig
-from tinfer.predict.predictors import PREDICTORS, NoisyOracle, Predictor
+from tinfer.predict.asked import Predictor
+from tinfer.predict.predictors import PREDICTORS, NoisyOracle
 
 TOKEN_BYTES = 4
 HASH_BYTES = 8

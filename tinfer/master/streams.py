@@ -35,6 +35,11 @@ class RequestStream:
         """Whether a finish reason or an error has been pushed, or the stream was cancelled."""
         return self._ended
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether it ended with an error."""
+        return self._error is not None
+
     # --- the dispatcher's side ----------------------------------------------------------------
 
     def push(self, delta: Delta) -> None:

@@ -6,36 +6,15 @@ import math
 import random
 from collections.abc import Callable
 from statistics import NormalDist
-from typing import Protocol
-
-from msgspec import Struct
 
 from tinfer.core.lengths import Lengths, bucket, certain
+from tinfer.predict.asked import Asked, Predictor
 
 # Of the paper's classifier at its middle granularity (arXiv 2401.11181, section 4.2.2).
 PAPER_ACCURACY = 0.749
 PAPER_GRANULARITY_TOKENS = 200
 PRIOR_MU, PRIOR_SIGMA = 5.02, 0.86
 NUM_PRIOR_POINTS = 16
-
-
-class Asked(Struct, frozen=True):
-    """What is known of a request when it arrives.
-
-    `output_tokens` is the true length of its answer where it is known: to a simulation, and in a
-    benchmark that has the answer run to its bound; None anywhere else.
-    """
-
-    request_id: str
-    prompt_tokens: int
-    max_output_tokens: int
-    output_tokens: int | None = None
-
-
-class Predictor(Protocol):
-    """Says how long an answer will be; equal questions get equal answers."""
-
-    def predict(self, asked: Asked) -> Lengths: ...
 
 
 class Prior:
@@ -107,8 +86,16 @@ class NoisyOracle:
         return below if below >= 0 and rng.random() < 0.5 else number + distance
 
 
+def _online() -> Predictor:
+    # numpy is a tenth of a second that the others do without.
+    from tinfer.predict.online import OnlinePredictor
+
+    return OnlinePredictor()
+
+
 PREDICTORS: dict[str, Callable[[], Predictor]] = {
     "prior": Prior,
+    "online": _online,
     "max-tokens": MaxTokens,
     "oracle": Oracle,
     "noisy-oracle": NoisyOracle,

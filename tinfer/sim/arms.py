@@ -17,8 +17,9 @@ from tinfer.core.costs import CostModel
 from tinfer.core.lengths import Lengths
 from tinfer.core.types import SchedulerConfig
 from tinfer.errors import StartError
-from tinfer.predict.predictors import PREDICTORS, Asked, NoisyOracle
-from tinfer.predict.predictors import Predictor as LengthPredictor
+from tinfer.predict.asked import Asked, End, LearningPredictor
+from tinfer.predict.asked import Predictor as LengthPredictor
+from tinfer.predict.predictors import PREDICTORS, NoisyOracle
 from tinfer.sim.baselines import HybridSpec, ReplicasSpec, simulate_hybrid, simulate_replicas
 from tinfer.sim.boxes import Box, paper_vllm_of, workers_of
 from tinfer.sim.cluster import simulate
@@ -84,13 +85,35 @@ class _Predictor:
         self._predictor = predictor
 
     def predict(self, request: SimRequest) -> Lengths:
-        asked = Asked(
-            request.request_id,
-            request.prompt_tokens,
-            request.max_output_tokens,
-            request.output_tokens,
-        )
-        return self._predictor.predict(asked)
+        return self._predictor.predict(_asked(request))
+
+
+class _Learner(_Predictor):
+    """The same for one that is told how answers end."""
+
+    def __init__(self, predictor: LearningPredictor) -> None:
+        super().__init__(predictor)
+        self._learner = predictor
+
+    def observe(self, request: SimRequest, output_tokens: int, end: End) -> None:
+        self._learner.observe(_asked(request), output_tokens, end)
+
+
+def _asked(request: SimRequest) -> Asked:
+    return Asked(
+        request.request_id,
+        request.prompt_tokens,
+        request.max_output_tokens,
+        request.output_tokens,
+        features=request.features,
+    )
+
+
+def _of_one_run(spec: PredictorSpec) -> _Predictor:
+    predictor = spec.build()
+    if isinstance(predictor, LearningPredictor):
+        return _Learner(predictor)
+    return _Predictor(predictor)
 
 
 def tinfer_arm(
@@ -173,7 +196,7 @@ def run_arm(arm: Arm, requests: Sequence[SimRequest], seed: int = 0) -> SimRun:
                     workers=arm.workers,
                     requests=given,
                     scheduler=arm.scheduler,
-                    predictor=_Predictor(arm.predictor.build()),
+                    predictor=_of_one_run(arm.predictor),
                     seed=seed,
                 )
             )

@@ -13,10 +13,11 @@ from msgspec.structs import replace
 
 from tinfer.core import events as ev
 from tinfer.core.scheduler import Scheduler
+from tinfer.predict.asked import End
 from tinfer.sim.engine import SimEngine
-from tinfer.sim.jobs import Job, Kind, Output, Ticket, What
+from tinfer.sim.jobs import Job, Kind, Output, Ticket, What, num_tokens
 from tinfer.sim.results import SimRun, result_of
-from tinfer.sim.spec import SimSpec
+from tinfer.sim.spec import Learner, SimSpec
 from tinfer.sim.world import SimulationError, World
 
 GENERATION = 0
@@ -50,6 +51,8 @@ class Cluster:
         self._spec = spec
         self._world = world
         self._scheduler = Scheduler(spec.scheduler)
+        predictor = spec.predictor
+        self._learner = predictor if isinstance(predictor, Learner) else None
         self._tickets = {ticket.request.request_id: ticket for ticket in world.tickets}
         self._reported = [0] * len(world.engines)
         for worker in sorted(spec.workers, key=lambda worker: worker.worker_id):
@@ -74,7 +77,7 @@ class Cluster:
 
     def left(self, ticket: Ticket, now_s: float) -> None:
         self._post_steps(now_s)
-        self._world.end(ticket, now_s, error="cancelled")
+        self._end(ticket, now_s, "cancelled")
         self._post(ev.Cancelled(ticket.request.request_id), now_s)
 
     def ticked(self, now_s: float) -> None:
@@ -106,16 +109,31 @@ class Cluster:
                 return ev.LeaseEnded(output.lease)
             case What.FINISHED:
                 if not ticket.is_over:
-                    self._world.end(ticket, now_s)
+                    self._end(ticket, now_s)
                 return ev.WorkerFinished(rid, worker_id, GENERATION, answered=True)
             case What.ABORTED:
                 return ev.WorkerFinished(rid, worker_id, GENERATION, answered=False)
             case What.REFUSED:
                 if not ticket.is_over:
-                    self._world.end(ticket, now_s, error="refused")
+                    self._end(ticket, now_s, "refused")
                 return ev.WorkerFinished(rid, worker_id, GENERATION, answered=False, refused=True)
             case _:
                 assert_never(output.what)
+
+    def _end(self, ticket: Ticket, now_s: float, error: str | None = None) -> None:
+        """The request is over for its client; who predicts lengths is told then, as on a server."""
+        self._world.end(ticket, now_s, error)
+        if self._learner is None:
+            return
+        request = ticket.request
+        if error is None:
+            # An answer as long as it may be was cut, as far as anybody can tell.
+            is_cut = request.output_tokens >= request.max_output_tokens
+            end = End.LENGTH if is_cut else End.STOP
+            self._learner.observe(request, request.output_tokens, end)
+        else:
+            end = End.ABORT if error == "cancelled" else End.ERROR
+            self._learner.observe(request, num_tokens(ticket), end)
 
     # --- the scheduler ------------------------------------------------------------------------
 
@@ -172,7 +190,7 @@ class Cluster:
             case ev.ExtendLease():
                 raise SimulationError("a lease was extended, and no simulated lease runs out")
             case ev.Fail(rid, cause):
-                self._world.end(self._tickets[rid], now_s, error=cause)
+                self._end(self._tickets[rid], now_s, cause)
             case _:
                 assert_never(action)
 

@@ -38,6 +38,11 @@ class Ticket:
     num_preemptions: int = 0
 
 
+def num_tokens(ticket: Ticket) -> int:
+    """Tokens of its answer that an engine has told of; of one that still decodes, not the last."""
+    return sum(1 if isinstance(one, float) else one[2] - one[1] for one in ticket.pieces)
+
+
 class Kind(enum.Enum):
     """PREFILL: up to the first token, then the blocks are held. WHOLE: all of it. DECODE: pull the
     prompt's blocks, give the first token once more (the client has it already) and go on."""

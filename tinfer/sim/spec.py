@@ -6,13 +6,14 @@ from the start of the run.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 from msgspec import Meta, Struct
 
 from tinfer.core.costs import CostModel
 from tinfer.core.lengths import Lengths, certain
 from tinfer.core.types import Capacity, Role, Route, SchedulerConfig
+from tinfer.predict.asked import End, Features
 
 Positive = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(ge=0.0)]
@@ -33,7 +34,7 @@ class SimRequest(Struct, frozen=True, kw_only=True):
     `output_tokens` is the true length, which only the oracle sees; `max_output_tokens` what the
     client allows. `block_hashes` are chained hashes of the prompt's leading whole blocks, as many
     as could be shared with another request. `patience_s`: the client leaves so long after its
-    arrival unless it is answered by then; None: never.
+    arrival unless it is answered by then; None: never. `features` are for predictors that learn.
     """
 
     request_id: str
@@ -45,6 +46,7 @@ class SimRequest(Struct, frozen=True, kw_only=True):
     block_hashes: tuple[int, ...] = ()
     route: Route | None = None
     patience_s: float | None = None
+    features: Features = Features()
 
 
 def check_arrival(request_id: str, arrival_s: float) -> None:
@@ -57,9 +59,19 @@ def check_arrival(request_id: str, arrival_s: float) -> None:
 
 
 class Predictor(Protocol):
-    """Says how long an answer will be. One object may serve many runs, so it keeps no state."""
+    """Says how long an answer will be. One object may serve many runs, so it keeps no state, but
+    for a `Learner`."""
 
     def predict(self, request: SimRequest) -> Lengths: ...
+
+
+@runtime_checkable
+class Learner(Predictor, Protocol):
+    """A predictor of one run, which is told how that goes."""
+
+    def observe(self, request: SimRequest, output_tokens: int, end: End) -> None:
+        """The request is over for its client, who has so many tokens."""
+        ...
 
 
 class Oracle:

@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from tinfer.predict.features import features_of_segments
 from tinfer.sim.spec import SimRequest
 from tinfer.workloads import Request, Segment
 
@@ -26,7 +27,8 @@ def sim_requests(
 
     Block hashes are chained, one per whole block, and follow from the segments alone. They end
     where the first segment begins that no other request has: what lies behind it could never be
-    found again, so it is left out of caches and indexes.
+    found again, so it is left out of caches and indexes. A predictor that learns sees as much of a
+    prompt as a server's does: not whose it is, but what it begins with and which ones are alike.
     """
     hasher = _Hasher()
     num_users = Counter(seed for one in requests for seed in {part.seed for part in one.segments})
@@ -39,6 +41,7 @@ def sim_requests(
             max_output_tokens=max(one.output_tokens, max_output_tokens or 0),
             task=one.task,
             block_hashes=hasher.chain(_shared(one.segments, num_users), block_tokens),
+            features=features_of_segments(one.segments),
         )
         for one in requests
     )

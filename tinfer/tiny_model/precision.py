@@ -28,7 +28,7 @@ def orthogonalized(
     """The nearest orthogonal matrix of a 2-D one, about, by a quintic Newton-Schulz iteration in
     float32. Source: K. Jordan, Muon (github.com/KellerJordan/Muon), as in torch.optim.Muon."""
     is_tall = update.size(0) > update.size(1)
-    found = (update.T if is_tall else update).float()
+    found: Tensor = (update.T if is_tall else update).float()
     found = found / found.norm().clamp(min=eps)
     a, b, c = coefficients
     for _ in range(num_steps):

@@ -5,15 +5,14 @@ A file is replaced as a whole or not at all, so a reader never sees half of one.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import os
-import tempfile
 from pathlib import Path
 
 import msgspec
 
+from tinfer.atomic_file import replace_file
 from tinfer.errors import StartError
 from tinfer.tune.identity import Identity
 from tinfer.tune.tuning import VERSION, Tuning
@@ -40,17 +39,7 @@ def save(tuning: Tuning, folder: Path | None = None) -> Path:
     folder = default_folder() if folder is None else folder
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / tuning.identity.file_name
-    fd, temporary = tempfile.mkstemp(prefix=f".{path.stem}-", dir=folder)
-    try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(encode(tuning))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    replace_file(path, encode(tuning))
     return path
 
 
