@@ -174,13 +174,17 @@ async def _ask_until_ended(options: BatchOptions, server: Server, work: Work, bo
 
 
 async def _ask(options: BatchOptions, server: Server, work: Work, book: Book) -> None:
-    async with AsyncClient(
-        server.url,
-        server.api_key,
-        timeout_s=options.request_timeout_s,
-        max_retries=options.max_retries,
-        max_connections=options.max_concurrency,
-    ) as client:
+    try:
+        client = AsyncClient(
+            server.url,
+            server.api_key,
+            timeout_s=options.request_timeout_s,
+            max_retries=options.max_retries,
+            max_connections=options.max_concurrency,
+        )
+    except ValueError as error:
+        raise StartError(str(error)) from error
+    async with client:
         # So that a wrong address or key is one line, and not as many failures as there are lines.
         await client.models()
         await Asker(client, book.add).ask_all(work, options.max_concurrency)

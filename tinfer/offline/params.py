@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import msgspec
 from msgspec import Struct
@@ -129,7 +129,7 @@ def _prompt(prompt: Any) -> str | list[int]:
     raise TypeError(f"not a prompt: {prompt!r}")
 
 
-def _are_ids(found: Any) -> bool:
+def _are_ids(found: object) -> TypeGuard[Sequence[int]]:
     return (
         isinstance(found, Sequence)
         and not isinstance(found, str | bytes)
