@@ -207,7 +207,6 @@ def test_a_batch_that_was_killed_is_resumed(server: Server, tmp_path: Path) -> N
     ("arguments", "words"),
     [
         (("--base-url", "http://127.0.0.1:9", "--max-retries=0"), "nothing answers at"),
-        (("--base-url", "not a url"), "not the address of a server"),
         (("--", "--engine", "fake", "--start-timeout", "-1"), "bad option --start-timeout"),
         (("--json", "/no/such/folder/x"), "cannot write /no/such/folder/x"),
     ],

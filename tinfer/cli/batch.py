@@ -11,6 +11,7 @@ from tinfer import config as configuration
 from tinfer.cli import serve
 from tinfer.cli.ending import ended
 from tinfer.cli.key import api_key_option
+from tinfer.cli.options import NumberRange, checked
 from tinfer.cli.outputs import check_writable, json_option
 
 # As many sequences as two workers take in one step (--max-num-seqs): a queue there costs nothing,
@@ -19,6 +20,7 @@ DEFAULT_CONCURRENCY = 512
 # With the client's waits, about a minute of a server that refuses without naming a time.
 DEFAULT_RETRIES = 10
 DEFAULT_TIMEOUT_S = 3600.0
+MAX_TIMEOUT_S = 1e9
 
 _EPILOG = """
 \b
@@ -66,7 +68,7 @@ Examples:
 @click.option(
     "--request-timeout",
     "request_timeout_s",
-    type=click.FloatRange(min=0, min_open=True, max=1e9),
+    type=NumberRange(min=0, min_open=True, max=MAX_TIMEOUT_S),
     default=DEFAULT_TIMEOUT_S,
     show_default=True,
     help="Seconds that a request may take with all its attempts.",
@@ -105,6 +107,10 @@ def command(
     if words and not words[0].startswith("-"):
         raise click.UsageError(f"one file in and one out; {words[0]!r} is too much")
     from tinfer.client import TinferClientError
+    from tinfer.client.connection import UNIX, server_url
+
+    if base_url is not None and not base_url.startswith(UNIX):
+        checked("--base-url", server_url, base_url)
 
     def answered() -> int:
         check_writable(json_path, None)
@@ -148,8 +154,10 @@ def _serve_words(model: str | None, words: tuple[str, ...]) -> tuple[str, ...]:
         for name, value in context.params.items()
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
     }
+    if "model" in given:
+        raise click.UsageError(f"the model of a batch goes before --, as --model {given['model']}")
     for name in given:
-        if name in configuration.ACCESS or name in ("dry_run", "json_path", "model"):
+        if name in configuration.ACCESS or name in ("dry_run", "json_path"):
             flag = "--" + name.removesuffix("_path").replace("_", "-")
             raise click.UsageError(f"{flag} is of no use to the server of a batch")
     configuration.load(given)
