@@ -80,7 +80,7 @@ async def test_a_refusal_for_now_is_asked_again(server: Wayward) -> None:
 async def test_a_refusal_is_told_in_openais_shape(server: Wayward) -> None:
     server.does(refuse(400, "too hot", "BadRequestError", "temperature"), status(404, "what?"))
     results = await ask(server.url, work("a", "b"))
-    bodies = [r.response and msgspec.json.decode(r.response.body) for r, _ in results]
+    bodies = [msgspec.json.decode(r.response.body) for r, _ in results if r.response is not None]
     error = {"message": "too hot", "type": "BadRequestError", "param": "temperature", "code": 400}
     assert bodies[0] == {"error": error}
     assert bodies[1]["error"]["message"] == "what?"

@@ -26,7 +26,7 @@ BATCH = ("-m", "tinfer", "batch")
 FAKE = {"step_s": 0.005, "mean_output_tokens": 1_000_000}
 OWN = ("--", "--engine", "fake", *(f"--fake-engine={name}={FAKE[name]}" for name in FAKE))
 NUM_LINES = 24
-TOKENS = 30
+TOKENS = 40
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from tests.process.box import DEADLINE_S
 from tinfer.client import BadRequest, ConnectionFailed
 from tinfer.core.sampling import SamplingSpec
 from tinfer.offline import RequestOutput
+from tinfer.offline.params import Prompt
 from tinfer.worker.fake_model import expected_answer
 from tinfer.worker.fake_settings import FakeSettings
 
@@ -61,7 +62,7 @@ def test_prompts_of_every_kind_in_their_order(
     llm: tinfer.LLM, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lengths = [40, 3, 20, 1]
-    prompts = ["long", [1, 2, 3], {"prompt": "middle"}, {"prompt_token_ids": [9]}]
+    prompts: list[Prompt] = ["long", [1, 2, 3], {"prompt": "middle"}, {"prompt_token_ids": [9]}]
     params = [tinfer.SamplingParams(max_tokens=n, temperature=0) for n in lengths]
     outputs = llm.generate(prompts, params)
     assert "4/4" in capsys.readouterr().err, "no progress bar"

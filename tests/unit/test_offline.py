@@ -120,7 +120,7 @@ def test_conversations(given: Any, conversations: list[Any]) -> None:
 
 def test_messages_and_conversations_do_not_mix() -> None:
     with pytest.raises(TypeError, match="messages and conversations in one list"):
-        as_conversations([[USER], USER])
+        as_conversations([[USER], USER])  # type: ignore[list-item]
 
 
 # --- what is made of an answer -------------------------------------------------------------------
@@ -137,7 +137,7 @@ def test_a_completion() -> None:
     assert (found.request_id, found.prompt, found.prompt_token_ids) == ("cmpl-1", "ab", [1, 2])
     told = [(one.index, one.text, one.token_ids, one.finish_reason) for one in found.outputs]
     assert told == [(0, "x", [5, 6], "length"), (1, "y", [7], "stop")]
-    assert found.outputs[0].logprobs is found.outputs[0].cumulative_logprob is None
+    assert (found.outputs[0].logprobs, found.outputs[0].cumulative_logprob) == (None, None)
     assert found.prompt_logprobs is None
     assert of_completion([1, 2], completion()).prompt is None
 

@@ -25,6 +25,7 @@ from tinfer.errors import StartError
 from tinfer.offline.outputs import RequestOutput, of_chat, of_completion
 from tinfer.offline.params import (
     Conversation,
+    Conversations,
     Prompt,
     Sampling,
     as_conversations,
@@ -122,7 +123,7 @@ class LLM:
 
     def chat(
         self,
-        messages: str | Conversation | Sequence[Conversation],
+        messages: Conversations,
         sampling_params: Sampling | Sequence[Sampling] | None = None,
         *,
         use_tqdm: bool = True,

@@ -9,6 +9,8 @@ import msgspec
 from msgspec import Struct
 
 Conversation = Sequence[Mapping[str, Any]]
+# One or several, of which each may be a text: a message of the user.
+Conversations = str | Conversation | Sequence[Conversation | str]
 # Text, token ids, or {"prompt": text}, or {"prompt_token_ids": ids}, as vLLM's `LLM` takes them.
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
@@ -87,7 +89,7 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[str | list[int]]:
     return [_prompt(prompt) for prompt in prompts]
 
 
-def as_conversations(messages: str | Conversation | Sequence[Conversation]) -> list[Conversation]:
+def as_conversations(messages: Conversations) -> list[Conversation]:
     """One, or each of several; text is a message of the user. Raises `TypeError`."""
     if isinstance(messages, str):
         return [[{"role": "user", "content": messages}]]
