@@ -43,14 +43,14 @@ async def ask(
 
 def shown(results: Sequence[tuple[Result, Usage | None]]) -> list[tuple[str | None, int | str]]:
     """Each id with its status or the code of its error."""
-    found = []
+    found: list[tuple[str | None, int | str]] = []
     for result, _ in results:
         assert (result.response is None) != (result.error is None)
         if result.response is not None:
             found.append((result.custom_id, result.response.status_code))
         elif result.error is not None:
             found.append((result.custom_id, result.error.code))
-    return found  # type: ignore[return-value]
+    return found
 
 
 async def test_an_answer_is_kept_as_it_came_but_on_one_line(server: Wayward) -> None:

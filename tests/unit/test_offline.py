@@ -120,7 +120,7 @@ def test_conversations(given: Any, conversations: list[Any]) -> None:
 
 def test_messages_and_conversations_do_not_mix() -> None:
     with pytest.raises(TypeError, match="messages and conversations in one list"):
-        as_conversations([[USER], USER])  # type: ignore[list-item]
+        as_conversations([[USER], USER])  # type: ignore[arg-type]
 
 
 # --- what is made of an answer -------------------------------------------------------------------
