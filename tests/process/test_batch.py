@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.e2e.serving import until_idle, wait_gone
-from tests.process.box import DEADLINE_S, Server, running
+from tests.e2e.serving import START_DEADLINE_S, STOP_DEADLINE_S, until_idle, wait_gone
+from tests.process.box import Server, running
 from tests.process.terminal import CTRL_C, on_terminal
 
 BATCH = ("-m", "tinfer", "batch")
@@ -87,7 +87,7 @@ class Batch:
 
     def until_results(self, number: int) -> None:
         """Wait until so many lines are there."""
-        deadline = time.monotonic() + DEADLINE_S
+        deadline = time.monotonic() + START_DEADLINE_S
         while not self.output.exists() or self.output.read_bytes().count(b"\n") < number:
             assert time.monotonic() < deadline, (self.folder / "log").read_text()
             time.sleep(0.01)
@@ -207,7 +207,7 @@ def test_a_batch_that_was_killed_is_resumed(server: Server, tmp_path: Path) -> N
     ("arguments", "words"),
     [
         (("--base-url", "http://127.0.0.1:9", "--max-retries=0"), "nothing answers at"),
-        (("--", "--engine", "fake", "--start-timeout", "-1"), "bad option --start-timeout"),
+        (("--", "--engine", "fake", "--route", "split", "--decode", "0"), "--route split needs"),
         (("--json", "/no/such/folder/x"), "cannot write /no/such/folder/x"),
     ],
 )
@@ -245,7 +245,7 @@ def test_its_own_server_comes_and_goes_with_it(tmp_path: Path) -> None:
         batch.until_results(3)
         family = family_of(process.pid)
         assert not any("KEY" in word for one in family for word in one.cmdline())
-        assert process.wait(DEADLINE_S) == 0
+        assert process.wait(STOP_DEADLINE_S) == 0
     assert wait_gone(family) == []
     assert batch.ids() == ALL
 
@@ -260,7 +260,7 @@ def test_a_signal_ends_its_server_and_the_batch_goes_on_later(
         batch.until_results(3)
         family = family_of(process.pid)
         process.send_signal(number)
-        code = process.wait(DEADLINE_S)
+        code = process.wait(STOP_DEADLINE_S)
     assert code == (-number if number == signal.SIGKILL else 128 + number)
     assert wait_gone(family) == []
     done = batch.output.read_bytes().count(b"\n")
@@ -303,7 +303,7 @@ def test_its_server_dies(tmp_path: Path) -> None:
         batch.until_results(3)
         master, *rest = family_of(process.pid)
         master.kill()
-        assert process.wait(DEADLINE_S) == 1
+        assert process.wait(STOP_DEADLINE_S) == 1
     assert wait_gone([master, *rest]) == []
     said = (tmp_path / "log").read_text()
     assert "tinfer: the server has ended with signal SIGKILL" in said

@@ -16,8 +16,7 @@ import psutil
 import pytest
 
 import tinfer
-from tests.e2e.serving import wait_gone
-from tests.process.box import DEADLINE_S
+from tests.e2e.serving import STOP_DEADLINE_S, wait_gone
 from tinfer.client import BadRequest, ConnectionFailed
 from tinfer.core.sampling import SamplingSpec
 from tinfer.offline import RequestOutput
@@ -173,5 +172,5 @@ def test_it_ends_with_its_script(
         if number is not None:
             process.send_signal(number)
         process.stdin.close()
-        assert process.wait(DEADLINE_S) in codes, (tmp_path / "err").read_text()
+        assert process.wait(STOP_DEADLINE_S) in codes, (tmp_path / "err").read_text()
     assert wait_gone(family) == []
