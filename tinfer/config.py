@@ -20,6 +20,14 @@ from tinfer.errors import StartError
 Positive = Annotated[int, Meta(ge=1)]
 # Of which vLLM takes all at once, as '["a", "b"]', where here each can be given alone.
 JSON_LISTS = frozenset({"allowed_origins", "allowed_methods", "allowed_headers"})
+# Who may ask a server, and where: of no use to one that a program starts for itself.
+ACCESS = frozenset(
+    {
+        *("host", "port", "uds", "api_key", "api_key_file"),
+        *("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs"),
+        *("allowed_origins", "allowed_methods", "allowed_headers", "allow_credentials"),
+    }
+)
 # The paper's, for OPT-13B on V100s (arXiv 2401.11181, section 3.3.2).
 DEFAULT_CHUNK_TOKENS = 512
 DEFAULT_MAX_LOGPROBS = 20  # Source: vLLM --max-logprobs

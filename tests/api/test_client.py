@@ -8,6 +8,7 @@ import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests.api.wayward import Wayward, half, hang, refuse, reset, say, status, wayward
@@ -78,6 +79,32 @@ async def test_an_attempt_without_an_answer_is_repeated(
     server.does(failure, failure, say(GOOD))
     assert (await client.completions("a")).text == "Hello"
     assert [seen.body for seen in server.seen] == [{"prompt": "a"}] * 3
+
+
+async def test_any_endpoint(server: Wayward, client: AsyncClient) -> None:
+    server.does(reset, status(201, '{ "a": 1.50,\n "b": [] }', X_Request_Id="r"), say({}))
+    found = await client.post("/v1/later", msgspec.Raw(b'{"big": 1.0}'))
+    assert (found.status, bytes(found.body), found.request_id) == (201, b'{"a":1.50,"b":[]}', "r")
+    assert server.seen[1].path == "/v1/later" and server.seen[1].body == {"big": 1.0}
+    assert (await client.post("/v1/later", {"x": 1})).request_id is None
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind"),
+    [
+        (refuse(404, "no path", "NotFoundError"), NotFound),
+        (status(200, "<html>"), UnexpectedAnswer),
+        (status(200, '{"a":1}x'), UnexpectedAnswer),
+        (half, ConnectionFailed),
+    ],
+    ids=["404", "HTML", "more than JSON", "half"],
+)
+async def test_any_endpoint_that_fails(
+    server: Wayward, client: AsyncClient, failure: Any, kind: type[TinferClientError]
+) -> None:
+    server.does(failure)
+    with pytest.raises(kind):
+        await client.post("/v1/later", {})
 
 
 async def test_attempts_are_bounded(server: Wayward, client: AsyncClient) -> None:

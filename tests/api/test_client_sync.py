@@ -49,11 +49,12 @@ def wait_left(server: Wayward, number: int) -> None:
 
 
 def test_closing_leaves_no_thread(server: Wayward) -> None:
-    server.does(say(GOOD), say(CHAT))
+    server.does(say(GOOD), say(CHAT), say({"a": 1}))
     client = Client(server.url)
     assert client_threads() == [], "a client that was never used has none"
     with client:
         assert client.completions("a").text == client.chat("a").text == "Hello"
+        assert bytes(client.post("/v1/later", {}).body) == b'{"a":1}'
         assert len(client_threads()) == 1
     assert client_threads() == []
     client.close()

@@ -19,6 +19,9 @@ from tests.e2e.serving import ServeProcess, until_idle
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NAMES = sorted(path.name for path in EXAMPLES.glob("*.py"))
+# The rest ask a server that runs.
+WITHOUT_SERVER = ["offline.py"]
+ASKING = [name for name in NAMES if name not in WITHOUT_SERVER]
 
 
 def run(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -40,17 +43,17 @@ def nowhere() -> Iterator[str]:
 
 
 def test_all_examples_are_known() -> None:
-    assert NAMES == ["many_requests.py", "openai_client.py", "stream.py"]
+    assert NAMES == ["many_requests.py", "offline.py", "openai_client.py", "stream.py"]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_help(name: str) -> None:
     done = run(name, "--help")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "--base-url" in done.stdout
+    assert ("--base-url" in done.stdout) == (name in ASKING)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ASKING)
 def test_no_server_is_one_clear_line(name: str, nowhere: str) -> None:
     done = run(name, "--base-url", nowhere)
     assert (done.returncode, done.stdout) == (1, "")
@@ -138,3 +141,19 @@ async def test_many_requests_that_fail(server: ServeProcess, tmp_path: Path) -> 
     assert (figures["num_completed"], figures["num_failed"]) == (0, 3)
     assert (figures["errors"], figures["ttft_s"]) == ({"BadRequest": 3}, None)
     await until_idle(server.url)
+
+
+def test_offline() -> None:
+    done = run("offline.py", "--max-tokens", "5", "--serve", "engine=fake", "Hello", "Good day")
+    assert done.returncode == 0, done.stderr
+    assert "is ready" in done.stderr and "100%" in done.stderr
+    *chats, _, _, _, last = done.stdout.splitlines()
+    assert len(chats) == 2 and all(re.match(r"\d+ tokens in: '.+'", line) for line in chats)
+    assert re.fullmatch(r"'Good day' -> .+ \((stop|length), log probability -\d+\.\d+\)", last)
+
+
+@pytest.mark.parametrize("option", ["engin=fake", "prefill=x", "port=80"])
+def test_offline_with_an_option_that_is_none(option: str) -> None:
+    done = run("offline.py", "--serve", option)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(rf"offline.py: .*{option.partition('=')[0]}.*\n", done.stderr)

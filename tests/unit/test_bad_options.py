@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 import tinfer.master.app
 import tinfer.tuner.app
 from tests.unit.tune_box import tuning
-from tinfer.cli import main, plan, serve, sim_options, simulate, tune
+from tinfer.cli import batch, main, plan, serve, sim_options, simulate, tune
 from tinfer.config import ServeConfig
 from tinfer.sim import parallel
 from tinfer.tune import store
@@ -114,12 +114,20 @@ BAD: dict[str, dict[str, tuple[str, ...]]] = {
         "--repeats": COUNT,
         "--seed": ("-1", *WHOLE_NUMBER),
     },
+    "batch": {
+        "--base-url": ("", "not a url", "ftp://x", "http://x:0"),
+        "--max-concurrency": COUNT,
+        "--max-retries": ("-1", "1.5", "nan", "x", ""),
+        "--request-timeout": ABOVE_ZERO,
+        "--json": RESULT["--json"],
+    },
 }
 COMMANDS: dict[str, click.Command] = {
     "serve": serve.command,
     "simulate": simulate.command,
     "plan": plan.command,
     "tune": tune.command,
+    "batch": batch.command,
 }
 # A run that a bad value does not stop is small; one that stands for all is enough for a plan.
 PREFIX = {
@@ -127,6 +135,7 @@ PREFIX = {
     "simulate": ["simulate", "--num-requests", "2"],
     "plan": ["plan", "--gpus", "2", "--num-requests", "2"],
     "tune": ["tune", "--engine", "fake"],
+    "batch": ["batch", "/dev/null", "/no/such/folder/out"],
 }
 # What an option's message calls it, where it is not the flag.
 CALLED = {
@@ -223,6 +232,22 @@ def test_every_policy_is_among_them() -> None:
         ("plan --gpus 2 --prefill 1", "--prefill"),
         ("plan", "--gpus"),
         ("tune --stored /no/such/model", "/no/such/model"),
+        ("batch", "IN"),
+        ("batch /dev/null", "OUT"),
+        ("batch /dev/null /no/such/folder/out", "/no/such/folder/out"),
+        ("batch /no/such/file out", "/no/such/file"),
+        ("batch /dev/null /dev/null", "is the input"),
+        ("batch /dev/null out more", "more"),
+        ("batch /dev/null out --api-key k", "--api-key goes with --base-url"),
+        ("batch /dev/null out --base-url http://x --model y", "--model"),
+        ("batch /dev/null out --base-url http://x -- --prefill 1", "--base-url"),
+        ("batch /dev/null out -- --port 1", "--port"),
+        ("batch /dev/null out -- --api-key k", "--api-key"),
+        ("batch /dev/null out -- --dry-run", "--dry-run"),
+        ("batch /dev/null out -- --prefill -1", "--prefill"),
+        ("batch /dev/null out -- --no-such-option", "--no-such-option"),
+        ("batch /dev/null out -- --route split --decode 0", "--route split"),
+        ("batch /dev/null out -- --prefill 1 m", "--model m"),
     ],
 )
 def test_what_contradicts_is_named(words: str, told: str) -> None:

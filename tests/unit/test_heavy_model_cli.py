@@ -12,11 +12,11 @@ from typing import Any, Self
 import pytest
 from click.testing import CliRunner, Result
 
+from tinfer import own_server
 from tinfer.bench import heavy_model, prefill_cost
 from tinfer.bench.heavy_model import DEFAULT_SIZE, SIZES, Shape
 from tinfer.bench.outcome import Outcome
 from tinfer.bench.prefill_cost import PrefillCost, cost_of
-from tinfer.chat import own_server
 from tinfer.cli import bench_model, main
 from tinfer.client.errors import ConnectionFailed
 from tinfer.errors import StartError

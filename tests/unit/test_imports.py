@@ -27,7 +27,10 @@ MAY_USE = {
     "predict": {"core"},
     "config": set[str](),
     "client": set[str](),
-    "chat": {"client"},
+    "own_server": set[str](),
+    "chat": {"client", "own_server"},
+    "batch": {"client", "own_server"},
+    "offline": {"client", "own_server", "config"},
     "admin": {"client"},
     "workloads": {"core"},
     "worker": {"wire", "core", "config"},
@@ -65,6 +68,8 @@ WITHOUT_ENGINE = [
     "tinfer.sim.cluster",
     "tinfer.bench.app",
     "tinfer.bench.compare.app",
+    "tinfer.batch.app",
+    "tinfer.offline",
 ]
 
 

@@ -15,11 +15,11 @@ from types import FrameType
 from msgspec import Struct
 
 from tinfer.chat.asking import Asker, Wishes
-from tinfer.chat.own_server import OwnServer
 from tinfer.chat.session import Session
 from tinfer.chat.typed import Piped, Terminal
 from tinfer.client import TinferClientError
 from tinfer.errors import StartError
+from tinfer.own_server import OwnServer
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130

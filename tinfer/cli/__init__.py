@@ -10,6 +10,7 @@ import click
 _COMMANDS = {
     "serve": "Serve a model on an OpenAI-compatible API.",
     "chat": "Chat in the terminal with a server, or with one started for it.",
+    "batch": "Answer a file of requests into a file, in OpenAI's batch format.",
     "bench": "Measure a running server, and draw what was measured.",
     "drain": "Take a worker of a running server out of service; no stream is lost.",
     "restart": "Start a worker of a running server anew; no stream is lost.",

@@ -128,7 +128,7 @@ def _made(folder: Path, size: str, seed: int, is_silent: bool) -> dict[str, Any]
 def _measured(folder: Path, size: str, cpu_threads: int) -> PrefillCost:
     """Of a server of its own with one worker that does both phases."""
     from tinfer.bench import prefill_cost
-    from tinfer.chat.own_server import OwnServer
+    from tinfer.own_server import OwnServer
 
     workers = ("--prefill", "1", "--decode", "0", "--route", "whole")
     threads = ("--cpu-threads", str(cpu_threads))

@@ -28,6 +28,7 @@ from tinfer.client.results import (
     Completion,
     CompletionChunk,
     Health,
+    JsonAnswer,
     Model,
     ModelList,
     Text,
@@ -178,6 +179,16 @@ class AsyncClient:
         asked = body(fixed, params, CHAT_NAMES, extra)
         limits = self._limits_of(timeout_s)
         return AsyncStream(self._connection, ChatChunk, _CHATS, asked, limits)
+
+    async def post(
+        self, path: str, asked: object, *, timeout_s: Timeout = msgspec.UNSET
+    ) -> JsonAnswer:
+        """What any endpoint answers to a body, both as they are: `path` begins with a slash.
+
+        `asked` is what msgspec can encode; `msgspec.Raw` is sent as it stands.
+        """
+        deadlines = Deadlines(self._limits_of(timeout_s))
+        return await self._connection.fetch_json("POST", path, asked, deadlines)
 
     async def models(self) -> list[Model]:
         """The names that the server answers to."""

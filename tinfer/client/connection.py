@@ -29,7 +29,7 @@ from tinfer.client.errors import (
     error_class,
 )
 from tinfer.client.limits import Deadlines, TimeLimits
-from tinfer.client.results import ErrorBody, ErrorInfo
+from tinfer.client.results import ErrorBody, ErrorInfo, JsonAnswer
 from tinfer.client.retries import Retries, retry_after_s
 
 # Before the path of the socket of a server that has no address (`tinfer serve --uds`).
@@ -79,19 +79,39 @@ class Connection:
         self, result: type[ResultT], method: str, path: str, body: object, deadlines: Deadlines
     ) -> ResultT:
         """The whole answer of one request. Raises `TinferClientError`."""
-        response = await self.open(method, path, body, deadlines)
-        try:
-            async with deadlines.kept(), self._explained(retryable=False):
-                said = await response.read()
-        finally:
-            # Of use only where the answer was not read to its end.
-            response.close()
+        _, said = await self._read(method, path, body, deadlines)
         try:
             return msgspec.json.decode(said, type=result)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise UnexpectedAnswer(
                 f"{self.base_url}{path} answers what is no {result.__name__}: {error}"
             ) from error
+
+    async def fetch_json(
+        self, method: str, path: str, body: object, deadlines: Deadlines
+    ) -> JsonAnswer:
+        """The whole answer of one request, whatever it says. Raises `TinferClientError`."""
+        response, said = await self._read(method, path, body, deadlines)
+        try:
+            said.decode()
+            told = msgspec.Raw(msgspec.json.format(said, indent=-1))
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise UnexpectedAnswer(
+                f"{self.base_url}{path} answers what is no JSON: {error}"
+            ) from error
+        return JsonAnswer(response.status, told, response.headers.get("X-Request-Id"))
+
+    async def _read(
+        self, method: str, path: str, body: object, deadlines: Deadlines
+    ) -> tuple[aiohttp.ClientResponse, bytes]:
+        """A successful answer, closed, and its body."""
+        response = await self.open(method, path, body, deadlines)
+        try:
+            async with deadlines.kept(), self._explained(retryable=False):
+                return response, await response.read()
+        finally:
+            # Of use only where the answer was not read to its end.
+            response.close()
 
     async def open(
         self, method: str, path: str, body: object, deadlines: Deadlines, stream: bool = False

@@ -66,6 +66,7 @@ class ChatParams(SamplingParams, total=False):
     documents: Sequence[Mapping[str, str]] | None
     add_generation_prompt: bool | None
     continue_final_message: bool | None
+    return_prompt_text: bool | None
 
 
 COMPLETION_NAMES = CompletionParams.__optional_keys__

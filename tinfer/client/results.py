@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import msgspec
 from msgspec import Struct, field
 
 
@@ -89,7 +90,10 @@ class ChatChoice(Struct):
 
 
 class ChatCompletion(Struct):
-    """A whole answer of `/v1/chat/completions`; `tinfer` is what the server adds of itself."""
+    """A whole answer of `/v1/chat/completions`; `tinfer` is what the server adds of itself.
+
+    `prompt_text` is what the chat template made, with `return_prompt_text`.
+    """
 
     choices: list[ChatChoice]
     id: str = ""
@@ -98,6 +102,7 @@ class ChatCompletion(Struct):
     usage: Usage | None = None
     system_fingerprint: str | None = None
     prompt_token_ids: list[int] | None = None
+    prompt_text: str | None = None
     prompt_logprobs: list[Any] | None = None
     tinfer: dict[str, Any] | None = None
 
@@ -231,6 +236,17 @@ class Text(Struct):
     """The body of `/detokenize`."""
 
     prompt: str
+
+
+class JsonAnswer(Struct, frozen=True):
+    """Any successful answer: `body` is its JSON, without spaces between and else as it came.
+
+    `request_id` is the header `X-Request-Id`, which not every server sends.
+    """
+
+    status: int
+    body: msgspec.Raw
+    request_id: str | None = None
 
 
 class Health(Struct, frozen=True):

@@ -30,6 +30,7 @@ from tinfer.client.results import (
     Completion,
     CompletionChunk,
     Health,
+    JsonAnswer,
     Model,
     Tokens,
     Usage,
@@ -250,6 +251,10 @@ class Client:
         """`chat`, chunk by chunk; the request is sent by `with`."""
         stream = self._client.stream_chat(messages, extra=extra, timeout_s=timeout_s, **params)
         return Stream(self._thread, stream)
+
+    def post(self, path: str, asked: object, *, timeout_s: Timeout = msgspec.UNSET) -> JsonAnswer:
+        """What any endpoint answers to a body, both as they are: `path` begins with a slash."""
+        return self._thread.run(lambda: self._client.post(path, asked, timeout_s=timeout_s))
 
     def models(self) -> list[Model]:
         """The names that the server answers to."""
