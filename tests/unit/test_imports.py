@@ -52,7 +52,7 @@ VERSION = "tinfer.__version__"
 PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "shelve", "marshal"}
 VLLM_OUTSIDE_WORKER = {"tinfer.api.vllm_parsers"}
 # Run by hand, imported by nothing else.
-TORCH_OUTSIDE_WORKER = {"tinfer.tiny_model.train", "tinfer.tiny_model.attention"}
+TORCH_OUTSIDE_WORKER = {f"tinfer.tiny_model.{name}" for name in ("train", "attention", "precision")}
 # Loaded on their own in a fresh interpreter: what serves HTTP and decides must not load engines.
 WITHOUT_ENGINE = [
     "tinfer.cli",
