@@ -22,6 +22,7 @@ from tinfer.master import model as model_module
 from tinfer.master import plan as module
 from tinfer.master.cores import CoreClaims, UsableCores
 from tinfer.master.gpus import Gpu
+from tinfer.master.host_cpu import SLOW_HALVES
 from tinfer.master.host_memory import HostMemory
 from tinfer.master.hub import HubModel
 from tinfer.master.model_files import Weights
@@ -46,11 +47,13 @@ class Box:
     def __init__(self, claims: CoreClaims, folder: Path) -> None:
         self.claims = claims
         self.folder = folder
+        self.halves_are_slow = False
 
     def decide(self, on: list[Gpu] | None = None, **values: Any) -> Decision:
         memory = HostMemory(64 * GIB, 32 * GIB)
         config = load({"model": str(self.folder), **values})
-        return decide(config, Surroundings(self.claims, on or [], memory))
+        around = Surroundings(self.claims, on or [], memory, self.halves_are_slow)
+        return decide(config, around)
 
     def plan(self, on: list[Gpu] | None = None, **values: Any) -> Plan:
         return self.decide(on, **values).plan
@@ -90,6 +93,16 @@ def test_the_fake_engine_takes_cores_and_no_memory_whatever_gpus_there_are(box: 
     decision = box.decide(engine="fake")
     assert {(w.device, w.threads, w.kv_bytes) for w in decision.plan.workers} == {("cpu", 1, None)}
     assert [p.kv_bytes for p in decision.placements] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("options", "is_said"),
+    [({}, True), ({"dtype": "float32"}, False), ({"engine": "fake"}, False)],
+)
+def test_a_cpu_that_is_slow_in_16_bits(box: Box, options: dict[str, Any], is_said: bool) -> None:
+    assert SLOW_HALVES not in box.plan(**options).reasons
+    box.halves_are_slow = True
+    assert (SLOW_HALVES in box.plan(**options).reasons) == is_said
 
 
 def test_two_gpus(box: Box) -> None:

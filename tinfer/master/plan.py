@@ -17,6 +17,7 @@ from tinfer.master.conflicts import check_device_files
 from tinfer.master.cores import CoreClaims
 from tinfer.master.gpu_placement import on_gpus
 from tinfer.master.gpus import Gpu, usable_gpus
+from tinfer.master.host_cpu import SLOW_HALVES, halves_are_slow
 from tinfer.master.host_memory import HostMemory, host_memory
 from tinfer.master.model import Model, resolve
 from tinfer.master.placement import Placement, on_cpu
@@ -87,6 +88,7 @@ class Surroundings(Struct, frozen=True):
     claims: CoreClaims
     gpus: list[Gpu]
     memory: HostMemory
+    halves_are_slow: bool = False
 
 
 def look_around(config: ServeConfig, claims: CoreClaims, nvml: Any = pynvml) -> Surroundings:
@@ -98,7 +100,7 @@ def look_around(config: ServeConfig, claims: CoreClaims, nvml: Any = pynvml) -> 
         gpus = usable_gpus(nvml)
     if not gpus and (config.prefill_devices or config.decode_devices):
         raise StartError("--prefill-devices and --decode-devices: there is no GPU to be had")
-    return Surroundings(claims, gpus, host_memory())
+    return Surroundings(claims, gpus, host_memory(), halves_are_slow())
 
 
 def decide(config: ServeConfig, around: Surroundings) -> Decision:
@@ -149,6 +151,8 @@ def _on_cpu(config: ServeConfig, around: Surroundings, model: Model, needs: fit.
         )
     reasons += claims.notes
     dtype = sizing.resolve_dtype(config.dtype, needs.shape, None)
+    if not is_fake and around.halves_are_slow and dtype in ("bfloat16", "float16"):
+        reasons.append(SLOW_HALVES)
     room: list[int] = []
     if not is_fake:
         kv_bytes = fit.kv_bytes_on_cpu(config, needs, dtype, len(placements), around.memory)
