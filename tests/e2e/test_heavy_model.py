@@ -27,6 +27,8 @@ def heavy_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.full
+@pytest.mark.timeout(600)
 def test_made_measured_and_said(heavy_dir: Path, tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     options = ("--measure", "--json", str(path))
