@@ -19,7 +19,7 @@ BFLOAT16_ONE: Any = _muon._zeropower_via_newtonschulz
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "TOKENS_PER_STEP", 500)
+    monkeypatch.setattr(train, "TOKENS_PER_STEP", 1200)
     monkeypatch.setattr(train, "SAVE_EVERY_STEPS", 2)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
 
