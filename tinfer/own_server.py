@@ -106,6 +106,7 @@ class OwnServer:
                 continue
         self._process.wait()
         self._over.set()
+        self._keeper.join()
         self._log.close()
 
     def _kept(self, arguments: Sequence[str], environment: Mapping[str, str]) -> _Process:
@@ -122,7 +123,8 @@ class OwnServer:
                 over.wait()
 
         # A daemon: it must not keep a program that forgets `stop` from ending.
-        threading.Thread(target=keep, name="tinfer-own-server", daemon=True).start()
+        self._keeper = threading.Thread(target=keep, name="tinfer-own-server", daemon=True)
+        self._keeper.start()
         try:
             return made.result()
         except BaseException:
