@@ -185,7 +185,7 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         Literal["prior", "online", "max-tokens", "oracle", "noisy-oracle"],
         Meta(
             description="What says how long an answer will be; online learns it from what is "
-            "served, the oracles know it only where the client ignores EOS."
+            "served, oracles know it under ignore_eos."
         ),
     ] = "prior"
     predictor_state: Annotated[

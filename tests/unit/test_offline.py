@@ -183,7 +183,8 @@ def test_a_chat() -> None:
 def parsed(words: list[str]) -> config.ServeConfig:
     """What `tinfer serve` makes of these arguments."""
     with serve.command.make_context("tinfer serve", [*words]) as context:
-        values = {n: v for n, v in context.params.items() if n not in ("dry_run", "json_path")}
+        names = config.ServeConfig.__struct_fields__
+        values = {n: v for n, v in context.params.items() if n in names}
     return config.load(values)
 
 

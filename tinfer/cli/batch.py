@@ -157,7 +157,7 @@ def _serve_words(model: str | None, words: tuple[str, ...]) -> tuple[str, ...]:
     if "model" in given:
         raise click.UsageError(f"the model of a batch goes before --, as --model {given['model']}")
     for name in given:
-        if name in configuration.ACCESS or name in ("dry_run", "json_path"):
+        if name in configuration.ACCESS or name in ("dry_run", "json_path", "print_config"):
             flag = "--" + name.removesuffix("_path").replace("_", "-")
             raise click.UsageError(f"{flag} is of no use to the server of a batch")
     configuration.load(given)
