@@ -49,6 +49,9 @@ log = logging.getLogger(__name__)
 EXIT_CHAOS = 86
 
 
+MAX_TOKEN_ID = 2**31 - 1  # int32 is what the wire and the master keep
+
+
 class FakeEngine:
     """Implements `adapter.Engine`. Raises `ValueError` for settings that make no sense."""
 
@@ -186,6 +189,8 @@ class FakeEngine:
         if len(start.forced_tokens) % TOKEN_BYTES:
             message = f"forced tokens of {len(start.forced_tokens)} bytes"
             raise EngineRefusal(message, client_fault=False)
+        if any(token > MAX_TOKEN_ID for token in token_ids_of(start.forced_tokens)):
+            raise EngineRefusal("negative forced tokens", client_fault=False)
         if start.sampling.max_tokens < 1:
             raise EngineRefusal("max_tokens must be at least 1", client_fault=True)
 
