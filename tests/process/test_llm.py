@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +33,26 @@ FAKE: dict[str, Any] = {
 
 
 @pytest.fixture
-def llm() -> Iterator[tinfer.LLM]:
+def others() -> Set[psutil.Process]:
+    """Servers that other tests keep for theirs."""
+    return frozenset(psutil.Process().children())
+
+
+@pytest.fixture
+def llm(others: Set[psutil.Process]) -> Iterator[tinfer.LLM]:
     with tinfer.LLM(**FAKE) as made:
-        family = family_here()
+        family = family_here(others)
         yield made
     assert wait_gone(family) == []
     assert not [one for one in threading.enumerate() if one.name.startswith("tinfer")]
 
 
-def family_here(pid: int | None = None) -> list[psutil.Process]:
-    """The servers of a process: children that are no helpers of Python itself."""
+def family_here(
+    others: Set[psutil.Process] = frozenset(), pid: int | None = None
+) -> list[psutil.Process]:
+    """The servers of a process but `others`: children that are no helpers of Python itself."""
     children = psutil.Process(pid).children()
-    masters = [child for child in children if "serve" in child.cmdline()]
+    masters = [one for one in children if one not in others and "serve" in one.cmdline()]
     return [one for master in masters for one in (master, *master.children(recursive=True))]
 
 
@@ -102,9 +110,9 @@ def test_prompts_of_every_kind_in_their_order(
             expect(output, 5)
 
 
-def test_a_server_that_dies_is_told_of() -> None:
+def test_a_server_that_dies_is_told_of(others: Set[psutil.Process]) -> None:
     with tinfer.LLM(**FAKE) as llm:
-        master, *rest = family_here()
+        master, *rest = family_here(others)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             asking = pool.submit(llm.generate, ["a", "b"], {"max_tokens": 30_000}, use_tqdm=False)
             master.kill()
@@ -116,10 +124,12 @@ def test_a_server_that_dies_is_told_of() -> None:
     llm.close()
 
 
-def test_it_outlives_the_thread_that_made_it_and_ends_with_the_object() -> None:
+def test_it_outlives_the_thread_that_made_it_and_ends_with_the_object(
+    others: Set[psutil.Process],
+) -> None:
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         llm = pool.submit(lambda: tinfer.LLM(**FAKE)).result()
-    family = family_here()
+    family = family_here(others)
     expect(llm.generate("a", {"max_tokens": 3}, use_tqdm=False)[0], 3)
     del llm
     assert wait_gone(family) == []
@@ -166,7 +176,7 @@ def test_it_ends_with_its_script(
     with process:
         assert process.stdin is not None and process.stdout is not None
         assert process.stdout.readline() == b"ready\n", (tmp_path / "err").read_text()
-        family = family_here(process.pid)
+        family = family_here(pid=process.pid)
         assert len(family) >= 3
         assert not any("KEY" in word for one in family for word in one.cmdline())
         if number is not None:
