@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-PROC = Path("/proc")
+from tinfer.cgroup import PROC
+
 SHM = Path("/dev/shm")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 

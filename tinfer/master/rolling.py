@@ -33,7 +33,7 @@ class Rolling:
         self._supervisor = supervisor
         self._send = send
         self._timers: dict[str, asyncio.TimerHandle] = {}
-        dispatcher.on_drained = self._drained
+        dispatcher.on_drained = self._retire
 
     def drain(self, worker_id: str, timeout_s: float) -> None:
         """Stop a worker within that time, for good until `restart`. Asked again, the new time
@@ -86,9 +86,6 @@ class Rolling:
         loop = asyncio.get_running_loop()
         self._timers[worker.worker_id] = loop.call_later(timeout_s, self._time_is_up, worker)
         self._dispatcher.worker_event(events.DrainAsked(*worker))
-
-    def _drained(self, worker: Incarnation) -> None:
-        self._retire(worker)
 
     def _time_is_up(self, worker: Incarnation) -> None:
         log.warning("worker %s has not drained in time: its requests move", worker.worker_id)

@@ -20,7 +20,8 @@ _MAX_SHOWN_CHARS = 200
 
 # What the receiver can reckon with: no NaN, no infinity; token ids are kept as int32.
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
-TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+MAX_TOKEN_ID = 2**31 - 1
+TokenId = Annotated[int, Meta(ge=0, le=MAX_TOKEN_ID)]
 
 
 class LeaseId(Struct, frozen=True, forbid_unknown_fields=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import functools
 import sys
 import types
 import typing
@@ -27,8 +28,12 @@ class UnfitArgument(Exception):
     and is one line."""
 
 
+@functools.cache
 def engine_hints() -> dict[str, Any]:
-    """What each engine argument of the installed vLLM takes, by its name."""
+    """What each engine argument of the installed vLLM takes, by its name; not to be changed.
+
+    Kept, so that workers forked after the first check have it.
+    """
     from vllm.engine import arg_utils
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 

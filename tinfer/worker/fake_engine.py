@@ -18,6 +18,7 @@ import msgspec
 
 from tinfer.wire.control import WorkerSpec
 from tinfer.wire.messages import (
+    MAX_TOKEN_ID,
     Aborted,
     LeaseId,
     LeasesEnded,
@@ -47,9 +48,6 @@ from tinfer.worker.fake_timer import AlarmFd, Pace, sleep_until
 log = logging.getLogger(__name__)
 
 EXIT_CHAOS = 86
-
-
-MAX_TOKEN_ID = 2**31 - 1  # int32 is what the wire and the master keep
 
 
 class FakeEngine:
