@@ -76,11 +76,14 @@ def test_ours_computes_as_the_workers_of_tinfer_serve() -> None:
     assert isinstance(tetri, TinferArm) and isinstance(auto, TinferArm)
     assert isinstance(srpt, TinferArm)
     served = workers_of(preset_box("paper"), 1, 1, ServeConfig())
+    assert [one.engine.pads_chunks for one in tetri.workers] == [True, False]
     for mine, theirs, one in zip(auto.workers, tetri.workers, served, strict=True):
         assert mine.engine.prefill_order == one.engine.prefill_order == "srpt"
         assert mine.engine.victim == one.engine.victim == "least-progress"
+        assert not mine.engine.pads_chunks
         # All else is the paper's.
-        plain = replace(mine.engine, prefill_order="fcfs", victim="newest")
+        pads = theirs.engine.pads_chunks
+        plain = replace(mine.engine, prefill_order="fcfs", victim="newest", pads_chunks=pads)
         assert plain == theirs.engine
     assert {one.engine.prefill_order for one in srpt.workers} == {"srpt"}
 

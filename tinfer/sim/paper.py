@@ -159,9 +159,10 @@ def tetri_arm(
     num_decode: int = 1,
     num_seats: int = presets.PAPER_DECODE_NUM_SEQS,
 ) -> TinferArm:
-    """One prefill engine beside `num_decode` decode engines, as the paper has them."""
+    """One prefill engine beside `num_decode` decode engines, as the paper has them: a chunk that is
+    not full is padded with zeros."""
     box = preset_box("paper")
-    prefill = taxed(box.prefill, setting.predictor_tax)
+    prefill = replace(taxed(box.prefill, setting.predictor_tax), pads_chunks=True)
     return TinferArm(
         name=name,
         workers=presets.workers(
@@ -191,7 +192,9 @@ def replicas_arm(num_engines: int = 2) -> ReplicasArm:
 def auto_arm(setting: Setting, seed: int, scheduler_of: SchedulerOf) -> TinferArm:
     """tinfer with the defaults of `tinfer serve`, on the paper's engines, with its predictor."""
     scheduler = scheduler_of(ServeConfig(seed=seed), presets.PAPER_ENGINE.costs)
-    return with_engines(tetri_arm(AUTO, scheduler, setting), victim="least-progress")
+    return with_engines(
+        tetri_arm(AUTO, scheduler, setting), victim="least-progress", pads_chunks=False
+    )
 
 
 def with_engines(arm: TinferArm, **changed: object) -> TinferArm:
