@@ -48,7 +48,9 @@ async def through_server(url: str, model: str, examples: Sequence[Example]) -> l
         return list(await asyncio.gather(*(ask(example) for example in examples)))
 
 
-def through_plain_engine(model_dir: str, examples: Sequence[Example]) -> list[str]:
+def through_plain_engine(
+    model_dir: str, examples: Sequence[Example], dtype: str = "auto"
+) -> list[str]:
     """The answers of a plain engine, in order."""
     start = [files.SPECIAL_IDS["<|assistant|>"]]
     cases = [
@@ -58,7 +60,7 @@ def through_plain_engine(model_dir: str, examples: Sequence[Example]) -> list[st
         }
         for example in examples
     ]
-    with PlainEngine(model_dir) as engine:
+    with PlainEngine(model_dir, dtype) as engine:
         return [answer[0]["text"] for answer in engine.run(cases)]
 
 

@@ -1,7 +1,7 @@
 """Real engines stepped by hand, one scenario each, with a record of every step.
 
 `python -m tests.e2e.stepped_engine MODEL OUT` runs all scenarios of `engine_scenarios`, each in a
-forked child, and writes OUT/NAME.json.
+forked child and two at once, and writes OUT/NAME.json.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ WORKER = "w"
 POLL_S = 0.01
 MAX_WAITS = 3000
 MAX_STEPS = 5000
+# Each has one thread.
+NUM_AT_ONCE = 2
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -283,22 +285,32 @@ def main(model_dir: str, out: str) -> None:
     from tinfer.worker.preload import preload
 
     preload()
-    for name, scenario in SCENARIOS.items():
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                record = scenario(model_dir)
-                (Path(out) / f"{name}.json").write_bytes(msgspec.json.encode(record))
-                code = 0
-            except BaseException:  # noqa: BLE001  the parent tells by the exit code
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        _, status = os.waitpid(pid, 0)
+    left = list(SCENARIOS)
+    running: dict[int, str] = {}
+    while left or running:
+        while left and len(running) < NUM_AT_ONCE:
+            name = left.pop(0)
+            running[_forked(SCENARIOS[name], model_dir, Path(out) / f"{name}.json")] = name
+        pid, status = os.wait()
         if status:
-            sys.exit(json.dumps({name: os.waitstatus_to_exitcode(status)}))
+            sys.exit(json.dumps({running[pid]: os.waitstatus_to_exitcode(status)}))
+        del running[pid]
+
+
+def _forked(scenario: Callable[[str], Record], model_dir: str, out: Path) -> int:
+    """The process that runs one scenario."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        out.write_bytes(msgspec.json.encode(scenario(model_dir)))
+        code = 0
+    except BaseException:  # noqa: BLE001  the parent tells by the exit code
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":

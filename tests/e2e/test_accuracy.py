@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.e2e.accuracy import OPEN_TASKS, accuracy, questions, through_plain_engine, through_server
+from tests.e2e.conftest import QUICK
 from tests.e2e.serving import ServeProcess, until_idle
 from tinfer.tiny_model import MODEL_DIR
 
@@ -24,7 +25,8 @@ LEAST = {"count": 0.9, "repeat": 0.9, "spell": 0.9}
 async def test_the_split_changes_no_answer(server: ServeProcess) -> None:
     examples = questions(NUM_PER_TASK)
     assert {example.task for example in examples} == set(OPEN_TASKS)
-    plain = await asyncio.to_thread(through_plain_engine, str(MODEL_DIR), examples)
+    dtype = QUICK[1] if QUICK else "auto"
+    plain = await asyncio.to_thread(through_plain_engine, str(MODEL_DIR), examples, dtype)
     split = await through_server(server.url, "tiny", examples)
     differing = [(e.prompt, p, s) for e, p, s in zip(examples, plain, split, strict=True) if p != s]
     assert not differing, differing[:3]

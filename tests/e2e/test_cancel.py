@@ -22,7 +22,7 @@ import pytest
 from tests.e2e.following import Follower, client_session, until_state
 from tests.e2e.serving import ServeProcess, get_json, until_idle
 
-NUM_REQUESTS = 300
+NUM_REQUESTS = 200
 NUM_ROUNDS = 4
 # Another round is added, up to this many, while a process has yet grown in every one.
 MAX_NUM_ROUNDS = 12
@@ -241,7 +241,7 @@ async def test_leaving_in_each_phase(tight_server: ServeProcess, stream: bool) -
             body = {**_body(rng, num_tokens, max_tokens), "stream": stream}
             return Follower(session, url, body)
 
-        busy = send(30000)
+        busy = send(15000)
         await _until_phases(url, prefilling=1)
         victim = send(50)
         await _until_phases(url, prefilling=1, queued=1)
@@ -252,9 +252,9 @@ async def test_leaving_in_each_phase(tight_server: ServeProcess, stream: bool) -
         await until_idle(url)
 
         # Together the three do not fit the decode worker's KV memory, so the last one waits.
-        busy, second = send(20000, 12000), send(20000, 12000)
+        busy, second = send(10000, 6000), send(10000, 6000)
         await _until_phases(url, decoding=2)
-        victim = send(12000)
+        victim = send(6000)
         await _until_phases(url, decoding=2, handoff=1)
         assert (await get_json(f"{url}/debug/ledger"))["leases"] == 1
         await victim.leave()

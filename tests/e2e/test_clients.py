@@ -151,7 +151,7 @@ async def test_errors_reach_the_client_as_its_own(
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("backend", ["openai", "openai-chat"])
+@pytest.mark.parametrize("backend", ["openai", pytest.param("openai-chat", marks=pytest.mark.full)])
 async def test_vllm_bench_serve(
     server: ServeProcess, model_dir: str, backend: str, tmp_path: Path
 ) -> None:

@@ -39,7 +39,7 @@ def bodies() -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("preemption", ["elsewhere", "here"])
+@pytest.mark.parametrize("preemption", ["elsewhere", pytest.param("here", marks=pytest.mark.full)])
 async def test_what_gave_way_goes_on_exactly(
     tmp_path: Path, random_model_dir: str, preemption: str
 ) -> None:

@@ -87,9 +87,9 @@ async def _restart_now(session: aiohttp.ClientSession, url: str, busiest: dict[s
         assert answer.status == 202, await answer.text()
 
 
-@pytest.mark.parametrize("end", [_kill, _restart_now])
+@pytest.mark.parametrize(("end", "num_rounds"), [(_kill, 3), (_restart_now, 1)])
 async def test_every_kind_of_answer_goes_on(
-    mortal: ServeProcess, session: aiohttp.ClientSession, end: End
+    mortal: ServeProcess, session: aiohttp.ClientSession, end: End, num_rounds: int
 ) -> None:
     url = mortal.url
     undisturbed = [await Follower(session, url, body) for body in _bodies()]
@@ -97,7 +97,7 @@ async def test_every_kind_of_answer_goes_on(
         assert len(outcome.token_ids) > 300, outcome
     running = [Follower(session, url, body) for body in _bodies()]
     num_restarts = (await until_state(url, all_ready))["num_restarts"]
-    for round_number in range(3):
+    for round_number in range(num_rounds):
         await _until_tokens(running, 60 * (round_number + 1))
         state = await until_state(url, all_ready)
         busiest = max(state["workers"], key=lambda one: one["scheduled"]["num_decoding"])

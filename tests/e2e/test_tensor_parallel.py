@@ -141,7 +141,7 @@ async def test_a_killed_process_takes_its_worker_with_it_and_both_come_back(
     assert all(process.status() != psutil.STATUS_ZOMBIE for process in pair.family())
 
 
-@pytest.mark.parametrize("when", ["building", "serving"])
+@pytest.mark.parametrize("when", [pytest.param("building", marks=pytest.mark.full), "serving"])
 def test_a_killed_master_leaves_nothing(random_model_dir: str, tmp_path: Path, when: str) -> None:
     server = ServeProcess(tmp_path, random_model_dir, *_arguments(tmp_path))
     try:

@@ -45,6 +45,11 @@ def box(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield folder
 
 
+def directories(box: Path) -> list[FoundDirectory]:
+    """What is found, but for those of servers that this machine runs beside the tests."""
+    return [one for one in run_directories() if one.path.is_relative_to(box)]
+
+
 def made(port: int = 0) -> RunDirectory:
     run = RunDirectory(port)
     run.make()
@@ -75,14 +80,14 @@ def test_it_is_private_holds_sockets_and_goes_whole(box: Path) -> None:
 def test_an_owner_record_names_the_process_and_the_port(box: Path) -> None:
     run = made(80)
     try:
-        (found,) = run_directories()
+        (found,) = directories(box)
         assert found == FoundDirectory(run.path, os.getpid(), 80, True)
         record = json.loads((run.path / OWNER_FILE).read_text())
         assert record["start_ticks"] == start_ticks(os.getpid())
         assert record["boot_id"]
     finally:
         run.remove()
-    assert run_directories() == []
+    assert directories(box) == []
 
 
 def test_a_killed_servers_directory_is_found_dead(box: Path) -> None:
@@ -96,10 +101,10 @@ def test_a_killed_servers_directory_is_found_dead(box: Path) -> None:
     ) as process:
         assert process.stdout is not None
         path = Path(process.stdout.readline().strip())
-        assert run_directories() == [FoundDirectory(path, process.pid, 4321, True)]
+        assert directories(box) == [FoundDirectory(path, process.pid, 4321, True)]
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert run_directories() == [FoundDirectory(path, process.pid, 4321, False)]
+    assert directories(box) == [FoundDirectory(path, process.pid, 4321, False)]
 
 
 def test_a_live_process_of_that_pid_that_started_at_another_time_is_no_owner(box: Path) -> None:
@@ -117,7 +122,7 @@ def test_what_is_none_of_ours_is_left_out(box: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="t") as elsewhere:
         (Path(elsewhere) / OWNER_FILE).write_text('{"pid":1,"start_ticks":1,"boot_id":"","port":1}')
         (box / "tmp" / "tinfer-link").symlink_to(elsewhere)
-        assert run_directories() == []
+        assert directories(box) == []
 
 
 @pytest.mark.parametrize("why", ["unset", "missing", "too long", "another's"])
@@ -141,7 +146,7 @@ def test_an_unfit_runtime_directory_gives_way_to_the_temporary_one(
     run = made()
     try:
         assert run.path.parent == box / "tmp"
-        assert [found.path for found in run_directories()] == [run.path]
+        assert [found.path for found in directories(box)] == [run.path]
     finally:
         run.remove()
 
