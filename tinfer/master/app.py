@@ -19,6 +19,7 @@ from tinfer import __version__
 from tinfer.api.connection import connections
 from tinfer.api.limits import KEEP_ALIVE_S
 from tinfer.api.options import ApiOptions
+from tinfer.api.parsing import Parsers
 from tinfer.api.render import Renderer
 from tinfer.api.sampling import load_sampling_defaults
 from tinfer.api.server import create_app, create_runner
@@ -40,6 +41,7 @@ from tinfer.master.limits import client_descriptors, raise_descriptor_limit
 from tinfer.master.listener import Door
 from tinfer.master.loop import Dispatcher
 from tinfer.master.pairing import Pairs, pair
+from tinfer.master.parsers import load_parsers
 from tinfer.master.plan import Decision
 from tinfer.master.predictor_state import PredictorState
 from tinfer.master.preparation import prepare
@@ -160,9 +162,11 @@ class Server:
     async def start(self) -> None:
         """Returns when requests are served. Raises `StartError`, or returns early on a signal."""
         self._changed()
+        renderer = await Renderer.load(Path(self.model_dir), self._config.chat_template)
+        # Before the workers: what the options name wrongly costs no start of an engine.
+        parsers = await load_parsers(self._config, renderer, self.model_dir)
         choice = await transport.choose(self._config, self._placements)
         self._supervisor.start_workers(choice.name)
-        renderer = await Renderer.load(Path(self.model_dir), self._config.chat_template)
         stopped = asyncio.create_task(self.stopped.wait())
         try:
             await asyncio.wait({self._all_ready, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -171,9 +175,11 @@ class Server:
         if self.stopped.is_set():
             return
         self._all_ready.result()
-        await self._open_api(renderer, choice)
+        await self._open_api(renderer, parsers, choice)
 
-    async def _open_api(self, renderer: Renderer, choice: transport.Choice) -> None:
+    async def _open_api(
+        self, renderer: Renderer, parsers: Parsers | None, choice: transport.Choice
+    ) -> None:
         infos = [slot.ready for slot in self._supervisor.slots.values() if slot.ready is not None]
         card = ModelCard(
             names=self._names,
@@ -199,8 +205,11 @@ class Server:
             api_keys=self._front.keys,
             cors=self._front.cors,
             sampling_defaults=load_sampling_defaults(Path(self.model_dir)),
+            trust_request_chat_template=self._config.trust_request_chat_template,
+            default_chat_template_kwargs=self._config.default_chat_template_kwargs,
+            exclude_tools_when_tool_choice_none=self._config.exclude_tools_when_tool_choice_none,
         )
-        self._runner = create_runner(create_app(self._service, renderer, options))
+        self._runner = create_runner(create_app(self._service, renderer, options, parsers))
         await self._runner.setup()
         # What is there for good: a full collection would go through all of it, 30 ms and more in
         # which no stream moves.
