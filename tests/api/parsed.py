@@ -13,6 +13,7 @@ from tests.api.canned import token, write_model_dir
 from tinfer.api.render import Renderer
 from tinfer.api.service import Delta
 from tinfer.api.vllm_parsers import ParserNames, VllmParsers, load_parsers
+from tinfer.master.streams import merge
 
 # Templates show their tools, and calls and results of the past.
 TEMPLATE = (
@@ -67,24 +68,30 @@ class Speaker:
     def say(
         self, text: str, reason: str = "stop", step: int = 1, logprobs: bool = False
     ) -> list[Delta | BaseException]:
-        """`step` tokens per delta; a character leaves with the last of its bytes."""
+        """A token per step, `step` of which merge; a character leaves with the last of its bytes."""
         token_ids = self.ids(text)
-        deltas: list[Delta | BaseException] = []
+        steps = []
         before = ""
-        for start in range(0, len(token_ids), step):
-            ids = token_ids[start : start + step]
-            so_far = self._tokenizer.decode(token_ids[: start + step], skip_special_tokens=False)
+        for end, one in enumerate(token_ids, start=1):
+            so_far = self._tokenizer.decode(token_ids[:end], skip_special_tokens=False)
             shown = so_far.removesuffix("\ufffd")
-            tops = [token("x", token_id=one) for one in ids] if logprobs else None
-            deltas.append(Delta(shown[len(before) :], ids, tops))
+            tops = [token("x", token_id=one)] if logprobs else None
+            steps.append(Delta(shown[len(before) :], [one], tops))
             before = shown
-        last = deltas[-1]
-        assert isinstance(last, Delta) and before == text
-        last.finish_reason = reason  # type: ignore[assignment]
-        return deltas
+        assert before == text
+        steps[-1].finish_reason = reason  # type: ignore[assignment]
+        return [_merged(steps[i : i + step]) for i in range(0, len(steps), step)]
 
     def ids(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _merged(steps: list[Delta]) -> Delta:
+    """As they wait in the master for a client that is behind."""
+    first, *rest = steps
+    for step in rest:
+        merge(first, step)
+    return first
 
 
 def reassembled(events: Sequence[Any], index: int = 0) -> dict[str, Any]:

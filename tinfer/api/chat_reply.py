@@ -236,8 +236,7 @@ class _ParsedStream:
         self._token_ids += delta.token_ids
         try:
             self._parser = self._parser or self._parsing.new()
-            finished = delta.finish_reason is not None
-            piece = self._parser.piece(delta.text, list(delta.token_ids), finished)
+            piece = _read(self._parser, delta)
         except Exception as error:  # noqa: BLE001 - a parser may raise anything about what it reads
             self._failure = _failed(error)
             raise self._failure from error
@@ -246,6 +245,18 @@ class _ParsedStream:
 
     def count_reasoning(self) -> int:
         return 0 if self._parser is None else self._parser.count_reasoning(self._token_ids)
+
+
+def _read(parser: AnswerParser, delta: Delta) -> Piece | None:
+    """What a delta adds, read step by step: many parsers lose what comes with what is before it."""
+    begins = [(0, 0), *(delta.seams or ())]
+    ends = [*begins[1:], (len(delta.text), len(delta.token_ids))]
+    read: Piece | None = None
+    for number, ((char, token), (end_char, end_token)) in enumerate(zip(begins, ends, strict=True)):
+        finished = delta.finish_reason is not None and number == len(begins) - 1
+        piece = parser.piece(delta.text[char:end_char], delta.token_ids[token:end_token], finished)
+        read = piece if read is None else read.followed_by(piece)
+    return read
 
 
 def _take_apart(parsing: ChatParsing, answers: Sequence[Answer]) -> list[Said]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from msgspec import Struct
+from msgspec import UNSET, Struct
 
 from tinfer.api.responses import DeltaToolCall, ToolCall
 from tinfer.api.schemas import Message
@@ -45,6 +45,36 @@ class Piece(Struct):
     reasoning: str | None
     content: str | None
     tool_calls: list[DeltaToolCall]
+
+    def followed_by(self, later: Piece | None) -> Piece:
+        """Both in one, as a client would add them up."""
+        if later is None:
+            return self
+        return Piece(
+            _joined(self.reasoning, later.reasoning),
+            _joined(self.content, later.content),
+            _merged(self.tool_calls, later.tool_calls),
+        )
+
+
+def _joined(before: str | None, after: str | None) -> str | None:
+    return before if after is None else (before or "") + after
+
+
+def _merged(before: list[DeltaToolCall], after: list[DeltaToolCall]) -> list[DeltaToolCall]:
+    """The calls of both, with further arguments of a call added to what is there of it."""
+    calls = [*before]
+    for call in after:
+        last = calls[-1] if calls else None
+        if last is None or last.index != call.index or call.id is not UNSET:
+            calls.append(call)
+        elif last.function is UNSET:
+            last.function = call.function
+        elif call.function is not UNSET and call.function.arguments is not UNSET:
+            more = call.function.arguments
+            had = last.function.arguments
+            last.function.arguments = more if had is UNSET else had + more
+    return calls
 
 
 class AnswerParser(Protocol):
