@@ -68,7 +68,7 @@ class Speaker:
     def say(
         self, text: str, reason: str = "stop", step: int = 1, logprobs: bool = False
     ) -> list[Delta | BaseException]:
-        """A token per step, `step` of which merge; a character leaves with the last of its bytes."""
+        """A token per step, `step` of which merge; a character comes with its last byte."""
         token_ids = self.ids(text)
         steps = []
         before = ""

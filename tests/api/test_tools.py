@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests.api.conftest import Serve, Server
+from tests.api.described import Document
 from tests.api.parsed import (
     NOW,
     TOOLS,
@@ -19,8 +21,11 @@ from tests.api.parsed import (
     whole,
 )
 from tinfer.api.limits import MAX_GRAMMAR_BYTES
+from tinfer.api.openapi import document
 from tinfer.api.render import Renderer
+from tinfer.api.server import ENDPOINTS
 from tinfer.api.vllm_parsers import ParserNames, load_parsers
+from tinfer.client import AsyncClient
 from tinfer.errors import StartError
 
 CHATS = "/v1/chat/completions"
@@ -279,3 +284,42 @@ async def test_harmony_is_refused(speaker: Speaker, tmp_path: Path) -> None:
     with pytest.raises(StartError, match="harmony"):
         load_parsers(ParserNames("hermes"), renderer.tokenizer, tmp_path)
     renderer.close()
+
+
+async def test_answers_are_as_the_document_says(serve: Serve, speaker: Speaker) -> None:
+    described = Document(document(ENDPOINTS, "1"))
+    async with serve("hermes", "qwen3") as server:
+        server.service.script = lambda _: speaker.say(f"<think>Hm.</think>{TWO}")
+        for stream in (False, True):
+            ask = {"messages": USER, "tools": TOOLS, "stream": stream}
+            assert described.takes("POST", CHATS, ask)
+            async with server.session.post(server.url + CHATS, json=ask) as response:
+                said = await response.read()
+            assert b"weather" in said and b"Hm" in said
+            described.check(("POST", CHATS), response.status, response.headers, said)
+    assert not described.takes("POST", CHATS, {"messages": USER, "tools": [{}]})
+
+
+async def test_the_client_has_calls_and_reasoning(serve: Serve, speaker: Speaker) -> None:
+    async with serve("hermes", "qwen3") as server, AsyncClient(server.url) as client:
+        server.service.script = lambda _: speaker.say(f"<think>Hm.</think>{TWO}")
+        said = await client.chat("hi", tools=TOOLS, tool_choice="auto")
+        async with client.stream_chat("hi", tools=TOOLS) as stream:
+            async for _ in stream:
+                pass
+        call = said.tool_calls[0]
+        assert (call.function.name, call.function.arguments) == ("weather", '{"city": "A"}')
+        assert [c.function for c in stream.tool_calls] == [c.function for c in said.tool_calls]
+        assert all(c.id and c.type == "function" for c in stream.tool_calls)
+        assert said.reasoning == stream.reasoning == "Hm."
+        assert said.usage is not None and said.usage.completion_tokens_details is not None
+        assert said.usage.completion_tokens_details.reasoning_tokens == 3
+        assert stream.finish_reason == said.finish_reason == "tool_calls"
+        # What the model said goes back as it came, with what its tool found.
+        result = {"role": "tool", "tool_call_id": call.id, "content": "rain"}
+        history = [*USER, msgspec.to_builtins(said.message), result]
+        again = await client.chat(history, tools=TOOLS, return_prompt_text=True)
+        assert again.prompt_text is not None
+        assert "weatherA" in again.prompt_text and again.prompt_text.endswith(
+            "<tool>rain<assistant>"
+        )
