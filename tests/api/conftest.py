@@ -124,10 +124,12 @@ async def canned_server(
     loop = asyncio.get_running_loop()
     listening = await loop.create_server(connections(runner, KEEP_ALIVE_S), "127.0.0.1", 0)
     host, port = listening.sockets[0].getsockname()
-    async with aiohttp.ClientSession() as session:
-        yield Server(f"http://{host}:{port}", service, session)
-    listening.close()
-    await runner.cleanup()
+    try:
+        async with aiohttp.ClientSession() as session:
+            yield Server(f"http://{host}:{port}", service, session)
+    finally:
+        listening.close()
+        await runner.cleanup()
     assert service.all_released()
 
 

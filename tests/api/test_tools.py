@@ -295,7 +295,7 @@ async def test_answers_are_as_the_document_says(serve: Serve, speaker: Speaker) 
             assert described.takes("POST", CHATS, ask)
             async with server.session.post(server.url + CHATS, json=ask) as response:
                 said = await response.read()
-            assert b"weather" in said and b"Hm" in said
+            assert b'"name":"weather"' in said and b'"reasoning":"H' in said
             described.check(("POST", CHATS), response.status, response.headers, said)
     assert not described.takes("POST", CHATS, {"messages": USER, "tools": [{}]})
 
@@ -320,6 +320,5 @@ async def test_the_client_has_calls_and_reasoning(serve: Serve, speaker: Speaker
         history = [*USER, msgspec.to_builtins(said.message), result]
         again = await client.chat(history, tools=TOOLS, return_prompt_text=True)
         assert again.prompt_text is not None
-        assert "weatherA" in again.prompt_text and again.prompt_text.endswith(
-            "<tool>rain<assistant>"
-        )
+        assert "weatherA" in again.prompt_text
+        assert again.prompt_text.endswith("<tool>rain<assistant>")

@@ -73,14 +73,18 @@ def load_parsers(names: ParserNames, tokenizer: Any, model_dir: Path) -> VllmPar
 
 @contextlib.contextmanager
 def _plain_logging() -> Iterator[None]:
-    """Have vLLM log as everything here does, instead of to standard output; workers, which inherit
-    the environment, go on as they were."""
+    """Have vLLM log as everything here does, instead of to standard output, and leave to the workers
+    what it has to say of its import; they inherit the environment, which is as it was afterwards."""
     before = os.environ.get(_LOGGING)
     if before is None:
         os.environ[_LOGGING] = "0"
+    root = logging.getLogger("vllm")
+    level = root.level
+    root.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        root.setLevel(level)
         if before is None:
             os.environ.pop(_LOGGING, None)
 
