@@ -73,8 +73,8 @@ def load_parsers(names: ParserNames, tokenizer: Any, model_dir: Path) -> VllmPar
 
 @contextlib.contextmanager
 def _plain_logging() -> Iterator[None]:
-    """Have vLLM log as everything here does, instead of to standard output, and leave to the workers
-    what it has to say of its import; they inherit the environment, which is as it was afterwards."""
+    """Have vLLM log as everything here does, instead of to standard output, and leave what it says
+    of its import to the workers, which inherit the environment as it is afterwards."""
     before = os.environ.get(_LOGGING)
     if before is None:
         os.environ[_LOGGING] = "0"
