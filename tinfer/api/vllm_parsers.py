@@ -56,7 +56,7 @@ def load_parsers(names: ParserNames, tokenizer: Any, model_dir: Path) -> VllmPar
             raise StartError(f"parsers are vLLM's, which cannot be imported: {error}") from error
         _check_names(names)
         model = _model_config(model_dir)
-        cached = get_cached_tokenizer(tokenizer)
+        cached: Any = get_cached_tokenizer(tokenizer)
         try:
             kind = ParserManager.get_parser(
                 tool_parser_name=names.tool_call,
