@@ -63,6 +63,7 @@ async def test_a_required_tool_is_called_after_reasoning(
             direct = await client.chat("Count from 1 to 3.", extra=ask)
             plain = await client.chat("Count from 1 to 3.", temperature=0)
         await until_idle(server.url)
+    assert "leaked" not in server.output, "what the parsers brought along says of its end"
     assert len(ends) == 1 and said.token_ids is not None and said.token_ids[0] == ends[0]
     (call,) = said.tool_calls
     assert call.function.name == "count"

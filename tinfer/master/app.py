@@ -15,13 +15,10 @@ from pathlib import Path
 import uvloop
 from aiohttp import web
 
-from tinfer import __version__
 from tinfer.api.connection import connections
 from tinfer.api.limits import KEEP_ALIVE_S
-from tinfer.api.options import ApiOptions
 from tinfer.api.parsing import Parsers
 from tinfer.api.render import Renderer
-from tinfer.api.sampling import load_sampling_defaults
 from tinfer.api.server import create_app, create_runner
 from tinfer.api.service import ModelCard
 from tinfer.clock import MonotonicClock
@@ -34,7 +31,7 @@ from tinfer.errors import NoWorker, StartError, TinferError
 from tinfer.master import report, transport
 from tinfer.master.cores import CoreClaims
 from tinfer.master.event_log import EventLog
-from tinfer.master.front import Front, open_front
+from tinfer.master.front import Front, api_options, open_front
 from tinfer.master.hangs import HangWatch
 from tinfer.master.lag import LagMeter
 from tinfer.master.limits import client_descriptors, raise_descriptor_limit
@@ -97,6 +94,8 @@ async def _serve(config: ServeConfig, decision: Decision, front: Front) -> int:
         await server.drain()
     finally:
         await server.close()
+        # What is frozen is never collected, which libraries that count their objects complain of.
+        gc.unfreeze()
     return 0
 
 
@@ -197,18 +196,7 @@ class Server:
             self._lag,
             self._run_dir.path.name,
         )
-        options = ApiOptions(
-            version=__version__,
-            strict_params=self._config.strict_params,
-            max_logprobs=self._config.max_logprobs,
-            request_timeout_s=self._config.request_timeout,
-            api_keys=self._front.keys,
-            cors=self._front.cors,
-            sampling_defaults=load_sampling_defaults(Path(self.model_dir)),
-            trust_request_chat_template=self._config.trust_request_chat_template,
-            default_chat_template_kwargs=self._config.default_chat_template_kwargs,
-            exclude_tools_when_tool_choice_none=self._config.exclude_tools_when_tool_choice_none,
-        )
+        options = api_options(self._config, self._front, Path(self.model_dir))
         self._runner = create_runner(create_app(self._service, renderer, options, parsers))
         await self._runner.setup()
         # What is there for good: a full collection would go through all of it, 30 ms and more in
