@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.api.conftest import Serve, Server
+from tests.api.conftest import OPTIONS, Serve, Server, canned_server
 from tests.api.described import Document
 from tests.api.parsed import (
     NOW,
@@ -19,6 +19,7 @@ from tests.api.parsed import (
     Speaker,
     reassembled,
     whole,
+    write_marked_model_dir,
 )
 from tinfer.api.limits import MAX_GRAMMAR_BYTES
 from tinfer.api.openapi import document
@@ -123,6 +124,49 @@ async def test_a_tool_that_must_be_called_becomes_a_grammar(
     assert said["choices"][0]["finish_reason"] == reassembled(events)["finish_reason"] == reason
     assert said["choices"][0]["message"]["content"] == ("" if choice == "required" else "Sure.\n")
     assert reassembled(events)["calls"] == whole(said)["calls"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "text", "reason"),
+    [
+        ("required", '[{"name": "now", "parameters": {"zone": "好"}}]', "tool_calls"),
+        (NAMED, '{"zone": "好"}', "stop"),
+    ],
+)
+async def test_calls_that_have_no_form_of_their_own_are_json(
+    serve: Serve, speaker: Speaker, choice: Any, text: str, reason: str
+) -> None:
+    async with serve("pythonic") as server:
+        server.service.script = lambda _: speaker.say(text)
+        said = whole(await server.chat(tools=TOOLS, tool_choice=choice))
+        events = await server.stream(CHATS, messages=USER, tools=TOOLS, tool_choice=choice)
+    assert said == reassembled(events)
+    assert said["calls"] == [("now", '{"zone": "好"}')] and said["finish_reason"] == reason
+    for generation in server.service.generations:
+        structured = generation.sampling.structured
+        assert structured is not None and structured.json is not None
+        schema = json.loads(structured.json)
+        assert schema["type"] == ("array" if choice == "required" else "object")
+
+
+async def test_ids_of_kimi_models_count_the_calls_of_the_chat(tmp_path: Path) -> None:
+    kimi = Speaker(write_marked_model_dir(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "kimi_k2"}')
+    past = {"id": "x", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+    ask: dict[str, Any] = {
+        "messages": [*USER, {"role": "assistant", "content": "", "tool_calls": [past]}],
+        **{"tools": TOOLS, "tool_choice": "required"},
+    }
+    text = '[{"name": "now", "parameters": {}}, {"name": "now", "parameters": {}}]'
+    parsers = await kimi.parsers("pythonic")
+    async with canned_server(tmp_path, OPTIONS, parsers) as server:
+        server.service.script = lambda _: kimi.say(text)
+        said = await server.chat(**ask)
+        events = await server.stream(CHATS, **ask)
+    calls = said["choices"][0]["message"]["tool_calls"]
+    assert [call["id"] for call in calls] == ["functions.now:1", "functions.now:2"]
+    pieces = [c for e in events for c in e["choices"][0]["delta"].get("tool_calls", ())]
+    assert [c["id"] for c in pieces if "id" in c] == ["functions.now:1", "functions.now:2"]
 
 
 async def test_no_choice_leaves_the_text_alone(serve: Serve, speaker: Speaker) -> None:

@@ -164,6 +164,8 @@ class Server:
         renderer = await Renderer.load(Path(self.model_dir), self._config.chat_template)
         # Before the workers: what the options name wrongly costs no start of an engine.
         parsers = await load_parsers(self._config, renderer, self.model_dir)
+        if self.stopped.is_set():
+            return
         choice = await transport.choose(self._config, self._placements)
         self._supervisor.start_workers(choice.name)
         stopped = asyncio.create_task(self.stopped.wait())
