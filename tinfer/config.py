@@ -269,6 +269,34 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     chat_template: Annotated[
         str | None, Meta(description="Chat template: a file, or the template itself.")
     ] = None
+    trust_request_chat_template: Annotated[
+        bool, Meta(description="Let a request bring a chat template, which is a program, along.")
+    ] = False
+    default_chat_template_kwargs: Annotated[
+        dict[str, Any],
+        Meta(description="What chat templates are given where a request does not say otherwise."),
+    ] = {}
+    enable_auto_tool_choice: Annotated[
+        bool, Meta(description="Let models call the tools of a chat: see --tool-call-parser.")
+    ] = False
+    tool_call_parser: Annotated[
+        str | None,
+        Meta(description="vLLM's parser that finds a model's tool calls, such as hermes."),
+    ] = None
+    tool_strict_level: Annotated[
+        Literal["auto", "function", "parameter"],
+        Meta(
+            description="What a grammar holds calls to at least: what tool_choice and strict ask; "
+            "the form of a call; its arguments too."
+        ),
+    ] = "auto"
+    exclude_tools_when_tool_choice_none: Annotated[
+        bool, Meta(description="Keep tools that may not be called out of the prompt.")
+    ] = False
+    reasoning_parser: Annotated[
+        str | None,
+        Meta(description="vLLM's parser that tells reasoning from the answer, such as qwen3."),
+    ] = None
     strict_params: Annotated[
         bool, Meta(description="Answer unknown request fields with 400 instead of ignoring them.")
     ] = False

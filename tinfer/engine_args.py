@@ -45,6 +45,10 @@ _REASONS = (
     ),
     ("/debug/state has the figures", "disable_log_stats"),
     (
+        "the master reads answers with the same parser, and both have vLLM's own only",
+        "reasoning_parser_plugin",
+    ),
+    (
         "tinfer places its workers itself: --prefill-devices, --decode-devices",
         "distributed_executor_backend worker_cls worker_extension_cls device device_ids nnodes "
         "node_rank master_addr master_port numa_bind numa_bind_nodes numa_bind_cpus",
@@ -89,7 +93,10 @@ _REASONS = (
 _REFUSED = {name: reason for reason, names in _REASONS for name in names.split()}
 REFUSED_NAMES = tuple(_REFUSED)
 # Within an argument that takes an object: the keys that ask for what is refused.
-_REFUSED_KEYS = {("attention_config", "hisparse_config"): _RUNNER_V2}
+_REFUSED_KEYS = {
+    ("attention_config", "hisparse_config"): _RUNNER_V2,
+    ("structured_outputs_config", "reasoning_parser"): "use tinfer's own --reasoning-parser",
+}
 
 
 def plain_name(written: str) -> str:

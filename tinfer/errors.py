@@ -14,6 +14,7 @@ TinferError
 │   │   └── NoWorker            503, no worker lives
 │   ├── DeadlinePassed          504, the answer took longer than it was given
 │   ├── WorkerLost              500, the worker died with the request on it
+│   ├── ParserFailed            500, what reads tool calls or reasoning broke on the answer
 │   └── EngineFailed            500, the engine refused or broke on the request
 └── StartError              `tinfer serve` cannot start; one line, exit code 2
     └── WorkerCannotStart
@@ -115,6 +116,10 @@ class DeadlinePassed(ServerError):
 
 class WorkerLost(ServerError):
     """The worker that held the request died before it finished."""
+
+
+class ParserFailed(ServerError):
+    """What finds tool calls and reasoning in an answer broke on it."""
 
 
 class EngineFailed(ServerError):

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import aiohttp
 import msgspec
 import pytest
 
 from tests.api.canned import CannedService, write_model_dir
+from tests.api.parsed import Speaker, write_marked_model_dir
 from tinfer.api.connection import connections
 from tinfer.api.limits import KEEP_ALIVE_S
 from tinfer.api.options import ApiOptions
+from tinfer.api.parsing import Parsers
 from tinfer.api.render import Renderer
 from tinfer.api.server import create_app, create_runner
+from tinfer.api.service import ModelCard
 
 OPTIONS = ApiOptions(version="1.2.3", system_fingerprint="fp")
 
@@ -102,15 +107,55 @@ def options(request: pytest.FixtureRequest) -> ApiOptions:
 
 @pytest.fixture
 async def server(model_dir: Path, options: ApiOptions) -> AsyncIterator[Server]:
+    async with canned_server(model_dir, options) as server:
+        yield server
+
+
+@contextlib.asynccontextmanager
+async def canned_server(
+    model_dir: Path, options: ApiOptions, parsers: Parsers | None = None
+) -> AsyncIterator[Server]:
+    """A server for as long as the block; it has released every stream at its end."""
     service = CannedService()
     renderer = await Renderer.load(model_dir)
-    runner = create_runner(create_app(service, renderer, options), shutdown_timeout_s=1.0)
+    app = create_app(service, renderer, options, parsers)
+    runner = create_runner(app, shutdown_timeout_s=1.0)
     await runner.setup()
     loop = asyncio.get_running_loop()
     listening = await loop.create_server(connections(runner, KEEP_ALIVE_S), "127.0.0.1", 0)
     host, port = listening.sockets[0].getsockname()
-    async with aiohttp.ClientSession() as session:
-        yield Server(f"http://{host}:{port}", service, session)
-    listening.close()
-    await runner.cleanup()
+    try:
+        async with aiohttp.ClientSession() as session:
+            yield Server(f"http://{host}:{port}", service, session)
+    finally:
+        listening.close()
+        await runner.cleanup()
     assert service.all_released()
+
+
+class Serve(Protocol):
+    def __call__(
+        self, tool_call: str | None = "hermes", reasoning: str | None = None, **options: Any
+    ) -> AbstractAsyncContextManager[Server]: ...
+
+
+@pytest.fixture(scope="session")
+def speaker(tmp_path_factory: pytest.TempPathFactory) -> Speaker:
+    return Speaker(write_marked_model_dir(tmp_path_factory.mktemp("marked")))
+
+
+@pytest.fixture
+def serve(speaker: Speaker) -> Serve:
+    """Servers with parsers, whose model has a token for every mark."""
+
+    @contextlib.asynccontextmanager
+    async def serving(
+        tool_call: str | None = "hermes", reasoning: str | None = None, **options: Any
+    ) -> AsyncIterator[Server]:
+        parsers = await speaker.parsers(tool_call, reasoning)
+        chosen = msgspec.structs.replace(OPTIONS, **options)
+        async with canned_server(speaker.model_dir, chosen, parsers) as server:
+            server.service.model = ModelCard(("tiny",), "/models/tiny", 1000, 300, 7)
+            yield server
+
+    return serving

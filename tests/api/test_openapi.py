@@ -285,9 +285,9 @@ def test_what_is_not_supported_takes_its_off_values_only() -> None:
     for path, body in ((COMPLETIONS, {"prompt": "a"}), (CHATS, USER)):
         schema = DOCUMENT.schemas[DOCUMENT.body_schema("POST", path)["$ref"].rpartition("/")[2]]
         assert set(REFUSED) <= set(schema["properties"])
-        for off in REFUSED["tools"]:
-            assert DOCUMENT.takes("POST", path, {**body, "tools": off})
-        assert not DOCUMENT.takes("POST", path, {**body, "tools": [{}]})
+        for off in REFUSED["functions"]:
+            assert DOCUMENT.takes("POST", path, {**body, "functions": off})
+        assert not DOCUMENT.takes("POST", path, {**body, "functions": [{}]})
 
 
 @pytest.mark.parametrize("options", [{"api_keys": ApiKeys(["sk-key"])}], indirect=True)

@@ -41,6 +41,7 @@ VALUES: dict[str, Any] = {
     "fake_engine": {"step_s": 0.5, "num_blocks": 8.0},
     "engine_arg": {"max_logprobs": 5, "hf_overrides": {"a": [1, None]}, "load_format": "dummy"},
     "served_model_name": ("a", "b/c"),
+    "default_chat_template_kwargs": {"enable_thinking": False, "style": "short", "n": [1]},
 }
 
 
@@ -109,6 +110,16 @@ def test_every_option_reaches_the_configuration(ran: Ran, name: str) -> None:
     assert result.exit_code == 0, result.output
     assert value != getattr(ServeConfig(), name)
     assert ran.configs == [msgspec.structs.replace(ServeConfig(), **{name: value})]
+
+
+def test_names_and_values_may_come_as_an_object(ran: Ran) -> None:
+    words = ["--default-chat-template-kwargs", '{"enable-thinking": false}', "--engine-arg"]
+    assert ran.serve(*words, '{"max_logprobs": 5}', *words[:1], "a=b").exit_code == 0
+    (config,) = ran.configs
+    assert config.default_chat_template_kwargs == {"enable_thinking": False, "a": "b"}
+    assert config.engine_arg == {"max_logprobs": 5}
+    refused = ran.serve("--default-chat-template-kwargs", "{1: 2}")
+    assert refused.exit_code == 2 and "--default-chat-template-kwargs" in refused.output
 
 
 def test_all_options_at_once(ran: Ran) -> None:

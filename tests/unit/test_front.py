@@ -15,7 +15,7 @@ from tests.certificates import Authority
 from tinfer import unix_socket
 from tinfer.config import ServeConfig, load
 from tinfer.errors import StartError
-from tinfer.master.front import open_front
+from tinfer.master.front import api_options, open_front
 from tinfer.master.keys import VARIABLES, take_keys
 
 SECRET = "sk-not-to-be-seen"
@@ -237,6 +237,22 @@ def test_options_go_on_without_the_keys() -> None:
         assert config == load({**given, "api_key": ()})
         assert SECRET not in repr(config) + repr(front)
         assert len(front.keys) == 1 and front.cors.origins == ("https://a.org",)
+
+
+def test_the_api_is_told_what_the_options_say(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"top_k": 7}')
+    given: dict[str, Any] = {
+        **{"strict_params": True, "request_timeout": 3.0, "engine_arg": {"max_logprobs": 5}},
+        **{"trust_request_chat_template": True, "exclude_tools_when_tool_choice_none": True},
+        "default_chat_template_kwargs": {"enable_thinking": False},
+    }
+    with open_front(load({"port": 0, **given}), {}) as (config, front):
+        told = api_options(config, front, tmp_path)
+        plain = api_options(load({}), front, tmp_path)
+    for name in given.keys() - {"request_timeout", "engine_arg"}:
+        assert getattr(told, name) == given[name] != getattr(plain, name)
+    assert (told.request_timeout_s, told.max_logprobs, told.sampling_defaults.top_k) == (3.0, 5, 7)
+    assert told.api_keys is front.keys and told.cors is front.cors
 
 
 def test_bad_options_take_no_address() -> None:

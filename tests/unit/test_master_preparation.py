@@ -52,6 +52,13 @@ def test_a_dry_run_of_the_built_in_model() -> None:
     )
 
 
+def test_calls_need_a_parser() -> None:
+    with pytest.raises(StartError, match="--enable-auto-tool-choice needs a --tool-call-parser"):
+        dry(engine="fake", enable_auto_tool_choice=True)
+    # As in vLLM, a parser alone changes nothing.
+    assert dry(engine="fake", tool_call_parser="hermes") == dry(engine="fake")
+
+
 def test_weights_too_large_for_one_gpu(tmp_path: Path, on_gpus: Callable[..., None]) -> None:
     on_gpus(*[24] * 8)
     folder = write_model(tmp_path, LLAMA_7B, 60 * GIB)

@@ -44,6 +44,21 @@ def answers(draw: st.DrawFn) -> list[Delta]:
     return deltas
 
 
+@given(answers())
+async def test_what_merged_can_be_taken_apart_at_its_seams(answer: list[Delta]) -> None:
+    steps = [(delta.text, list(delta.token_ids)) for delta in answer]
+    stream = new_stream()
+    for delta in answer:
+        stream.push(delta)
+    (merged,) = [delta async for delta in stream]
+    begins = [(0, 0), *(merged.seams or ())]
+    ends = [*begins[1:], (len(merged.text), len(merged.token_ids))]
+    assert steps == [
+        (merged.text[char:end_char], merged.token_ids[token:end_token])
+        for (char, token), (end_char, end_token) in zip(begins, ends, strict=True)
+    ]
+
+
 @given(answers(), st.data())
 async def test_any_interleaving_adds_up_to_the_same(
     answer: list[Delta], data: st.DataObject

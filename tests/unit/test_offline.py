@@ -191,7 +191,8 @@ def parsed(words: list[str]) -> config.ServeConfig:
 OTHER: dict[str, Any] = {
     "slo": ("ttft:500", "tpot:50.5"),
     "fake_engine": {"step_s": 0.5, "num_blocks": 8.0},
-    "engine_arg": {"max_logprobs": 8},
+    "engine_arg": {"max_logprobs": 8, "hf_overrides": {"a": None}},
+    "default_chat_template_kwargs": {"enable_thinking": False, "version": "1", "tone": "dry"},
     "served_model_name": ("a", "b/c"),
     "chunk_size": "384",
     "gpu_memory_utilization": 0.5,

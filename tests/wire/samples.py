@@ -78,6 +78,8 @@ SAMPLING = SamplingSpec(
         "<tag>",
         disable_any_whitespace=True,
         whitespace_pattern=" ",
+        reasoning_ended=False,
+        template_kwargs="{}",
     ),
 )
 POSITION = TokenLogprobs([9, 8], [-0.5, -1.5], [1, 2], ["é", ""])

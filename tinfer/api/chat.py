@@ -1,4 +1,4 @@
-"""`POST /v1/chat/completions`."""
+"""`POST /v1/chat/completions`: from the request to the sequences that answer it."""
 
 from __future__ import annotations
 
@@ -6,42 +6,24 @@ from typing import Any, Protocol
 
 import msgspec
 from aiohttp import web
-from msgspec import UNSET
 
 from tinfer.api import sampling
+from tinfer.api.chat_reply import ChatReply, Manner
 from tinfer.api.context import Api
-from tinfer.api.logprobs import chat_logprobs, prompt_logprobs
-from tinfer.api.render import ChatOptions
-from tinfer.api.responses import (
-    ChatChoice,
-    ChatCompletion,
-    ChatDelta,
-    ChatLogprobs,
-    ChatMessage,
-    ChunkHead,
-    ChunkTail,
-    DeltaMessage,
-)
+from tinfer.api.messages import texts
+from tinfer.api.parsing import Asked, ChatParsing
+from tinfer.api.render import ChatOptions, Prompt
 from tinfer.api.schemas import ChatRequest
-from tinfer.api.service import Delta
-from tinfer.api.serving import (
-    Answer,
-    Counter,
-    Job,
-    answer,
-    generations,
-    sampled_logprobs,
-    stop_tail,
-    usage_tail,
-    whole_trace,
-)
-from tinfer.api.sse import Framer
+from tinfer.api.serving import answer, generations
+from tinfer.api.tools import ToolUse, for_template, tool_use
+from tinfer.core.sampling import SamplingSpec
 from tinfer.errors import InvalidRequest
 
 
 async def handle(api: Api, request: web.Request) -> web.StreamResponse:
     """Validate, render, run and answer one request."""
     parsed, headers = await api.read_sampling(request, api.chats)
+    tools = tool_use(parsed, api.parsers is not None and api.parsers.tools)
     limits = api.limits
     num_logprobs = _num_logprobs(parsed)
     base = sampling.base_spec(
@@ -49,22 +31,60 @@ async def handle(api: Api, request: web.Request) -> web.StreamResponse:
         api.options.sampling_defaults,
         limits,
         num_logprobs,
-        parsed.prompt_logprobs,
+        _prompt_logprobs(parsed),
         "top_logprobs",
     )
-    prompt = await api.renderer.render_chat(parsed.messages, _options(api, parsed))
+    options = _options(api, parsed, tools)
+    prompt = await api.renderer.render_chat(parsed.messages, options)
     sampling.check_token_ids(prompt.token_ids, limits.vocab_size, "messages")
+    parsing, base = await _parsing(api, parsed, tools, options, prompt, base)
+    spec = _fitted(api, parsed, base, prompt)
+    job = api.job(request, parsed, "chatcmpl", [prompt], num_logprobs)
+    reply = ChatReply(job, _manner(api, parsed, tools), parsing)
+    sequences = generations([prompt], [sampling.children(spec, job.n)])
+    return await answer(request, api.service, sequences, reply, bool(parsed.stream), headers)
+
+
+def _fitted(api: Api, parsed: ChatRequest, base: SamplingSpec, prompt: Prompt) -> SamplingSpec:
     asked, param = parsed.max_tokens, "max_tokens"
     if parsed.max_completion_tokens is not None:
         asked, param = parsed.max_completion_tokens, "max_completion_tokens"
     default = api.options.sampling_defaults.max_new_tokens
     if asked is None and default is not None:
-        asked = min(default, limits.max_model_len)
-    spec = sampling.fit(base, len(prompt.token_ids), asked, limits, "messages", param)
-    job = api.job(request, parsed, "chatcmpl", [prompt], num_logprobs)
-    reply = ChatReply(job, _role(api, parsed), bool(parsed.return_prompt_text))
-    sequences = generations([prompt], [sampling.children(spec, job.n)])
-    return await answer(request, api.service, sequences, reply, bool(parsed.stream), headers)
+        asked = min(default, api.limits.max_model_len)
+    return sampling.fit(base, len(prompt.token_ids), asked, api.limits, "messages", param)
+
+
+async def _parsing(
+    api: Api,
+    parsed: ChatRequest,
+    tools: ToolUse,
+    options: ChatOptions,
+    prompt: Prompt,
+    spec: SamplingSpec,
+) -> tuple[ChatParsing | None, SamplingSpec]:
+    """What reads the answers, where something does, and the spec as it needs it."""
+    parsers = api.parsers
+    if parsers is None:
+        return None, spec
+    own = options.kwargs.keys() - {"tools"}
+    asked = Asked(
+        messages=parsed.messages,
+        tools=tools,
+        template_kwargs={name: options.kwargs[name] for name in own}
+        | {
+            "add_generation_prompt": options.add_generation_prompt,
+            "continue_final_message": options.continue_final_message,
+        },
+        prompt_token_ids=prompt.token_ids,
+        include_reasoning=parsed.include_reasoning is not False,
+    )
+
+    def prepare() -> tuple[ChatParsing | None, SamplingSpec]:
+        parsing = parsers.chat(asked)
+        return parsing, spec if parsing is None else parsing.adjusted(spec)
+
+    return await api.renderer.run(prepare)
 
 
 def _num_logprobs(parsed: ChatRequest) -> int | None:
@@ -75,10 +95,29 @@ def _num_logprobs(parsed: ChatRequest) -> int | None:
     return None
 
 
-def _role(api: Api, parsed: ChatRequest) -> str:
+def _prompt_logprobs(parsed: ChatRequest) -> int | None:
+    """With `echo` as many as of the answer, as in vLLM; a stream has no place for them."""
+    if parsed.prompt_logprobs is None and parsed.echo and not parsed.stream:
+        return parsed.top_logprobs or 0
+    return parsed.prompt_logprobs
+
+
+def _manner(api: Api, parsed: ChatRequest, tools: ToolUse) -> Manner:
+    last = parsed.messages[-1]
+    role = api.options.response_role
     if parsed.add_generation_prompt is False:
-        return parsed.messages[-1].role
-    return api.options.response_role
+        role = last.role
+    echoed = ""
+    if parsed.echo and last.role == role:
+        echoed = "\n".join(texts(last, len(parsed.messages) - 1))
+    return Manner(
+        role=role,
+        tools=tools,
+        show_prompt_text=bool(parsed.return_prompt_text),
+        echoed=echoed,
+        include_reasoning=parsed.include_reasoning is not False,
+        counts_reasoning=api.parsers is not None and api.parsers.reasoning,
+    )
 
 
 class RenderFields(Protocol):
@@ -112,94 +151,16 @@ def chat_options(api: Api, parsed: RenderFields) -> ChatOptions:
     )
 
 
-def _options(api: Api, parsed: ChatRequest) -> ChatOptions:
+def _options(api: Api, parsed: ChatRequest, tools: ToolUse) -> ChatOptions:
     """How to render, with what some fields of a completion mean for the template."""
     options = chat_options(api, parsed)
     kwargs = dict(options.kwargs)
+    hidden = tools.choice == "none" and api.options.exclude_tools_when_tool_choice_none
+    if tools.tools is not None and not hidden:
+        kwargs.setdefault("tools", [for_template(tool) for tool in tools.tools])
     if parsed.documents is not None:
         kwargs["documents"] = parsed.documents
     if parsed.reasoning_effort is not None:
         kwargs["reasoning_effort"] = parsed.reasoning_effort
         kwargs.setdefault("enable_thinking", parsed.reasoning_effort != "none")
     return msgspec.structs.replace(options, kwargs=kwargs)
-
-
-class ChatReply:
-    """Writes the answers of one chat request."""
-
-    def __init__(self, job: Job, role: str, show_prompt_text: bool) -> None:
-        self.job = job
-        self.counter = Counter(job)
-        self._role = role
-        self._prompt_text = job.prompts[0].text if show_prompt_text else None
-        self._framer = Framer(ChunkHead(job.id, "chat.completion.chunk", job.created, job.model))
-
-    def opening(self) -> bytes:
-        """One chunk per answer that names the role."""
-        chunks = []
-        for index in range(self.job.n):
-            tail = ChunkTail(
-                prompt_token_ids=self._prompt_token_ids(), prompt_text=self._prompt_text
-            )
-            if self.job.continuous_usage:
-                tail.usage = self.counter.so_far(index)
-                tail.usage.completion_tokens_details = None
-            choice = ChatDelta(index, DeltaMessage("", self._role), None, None)
-            chunks.append(self._framer.chunk(choice, tail))
-        return b"".join(chunks)
-
-    def event(self, index: int, delta: Delta) -> bytes:
-        finished = delta.finish_reason is not None
-        choice = ChatDelta(
-            index=index,
-            delta=DeltaMessage(delta.text),
-            logprobs=self._logprobs(delta),
-            finish_reason=delta.finish_reason,
-            stop_reason=delta.stop_reason if finished else UNSET,
-            token_ids=delta.token_ids if self.job.return_token_ids else None,
-        )
-        usage = None
-        if self.job.continuous_usage:
-            usage = self.counter.so_far(index)
-            usage.completion_tokens_details = None
-        return self._framer.chunk(choice, stop_tail(self.job, delta, usage))
-
-    def closing(self) -> bytes:
-        if not self.job.include_usage:
-            return b""
-        return self._framer.chunk(None, usage_tail(self.job, self.counter))
-
-    def whole(self, answers: list[Answer]) -> ChatCompletion:
-        about_prompt = answers[0].prompt_logprobs
-        return ChatCompletion(
-            id=self.job.id,
-            created=self.job.created,
-            model=self.job.model,
-            choices=[self._choice(index, said) for index, said in enumerate(answers)],
-            usage=self.counter.total(),
-            system_fingerprint=self.job.fingerprint,
-            prompt_logprobs=None if about_prompt is None else prompt_logprobs(about_prompt),
-            prompt_token_ids=self._prompt_token_ids(),
-            prompt_text=self._prompt_text,
-            tinfer=whole_trace(self.job, answers),
-        )
-
-    def _choice(self, index: int, said: Answer) -> ChatChoice:
-        return ChatChoice(
-            index=index,
-            message=ChatMessage(self._role, "".join(said.text)),
-            logprobs=self._logprobs(said),
-            finish_reason=said.finish_reason,
-            stop_reason=said.stop_reason,
-            token_ids=said.token_ids if self.job.return_token_ids else None,
-        )
-
-    def _logprobs(self, source: Delta | Answer) -> ChatLogprobs | None:
-        if self.job.num_logprobs is None:
-            return None
-        return chat_logprobs(
-            sampled_logprobs(source), self.job.num_logprobs, self.job.tokens_as_ids
-        )
-
-    def _prompt_token_ids(self) -> list[int] | None:
-        return self.job.prompts[0].token_ids if self.job.return_token_ids else None

@@ -163,7 +163,7 @@ class CompletionReply:
             return b""
         return self._framer.chunk(None, usage_tail(self.job, self.counter))
 
-    def whole(self, answers: list[Answer]) -> Completion:
+    async def whole(self, answers: list[Answer]) -> Completion:
         return Completion(
             id=self.job.id,
             created=self.job.created,

@@ -12,6 +12,7 @@ from tinfer.api.decode import BodyDecoder
 from tinfer.api.fields import IgnoredLog, ignored_header
 from tinfer.api.limits import MAX_REQUEST_ID_CHARS
 from tinfer.api.options import ApiOptions
+from tinfer.api.parsing import Parsers
 from tinfer.api.render import Prompt, Renderer
 from tinfer.api.responses import new_id
 from tinfer.api.sampling import ModelLimits
@@ -36,11 +37,19 @@ SamplingT = TypeVar("SamplingT", bound=SamplingFields)
 
 
 class Api:
-    """The service, the renderer and the options behind the HTTP handlers."""
+    """The service, the renderer, the options and (where there are any) the parsers behind the HTTP
+    handlers."""
 
-    def __init__(self, service: Service, renderer: Renderer, options: ApiOptions) -> None:
+    def __init__(
+        self,
+        service: Service,
+        renderer: Renderer,
+        options: ApiOptions,
+        parsers: Parsers | None = None,
+    ) -> None:
         self.service = service
         self.renderer = renderer
+        self.parsers = parsers
         self.options = options
         self.completions = BodyDecoder(CompletionRequest, options.strict_params)
         self.chats = BodyDecoder(ChatRequest, options.strict_params)

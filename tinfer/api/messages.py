@@ -43,10 +43,10 @@ def conversation(messages: list[Message], template: str) -> list[dict[str, Any]]
 
 
 def _converted(message: Message, index: int, as_parts: bool) -> dict[str, Any]:
-    texts = list(_texts(message, index))
-    content: Any = "\n".join(texts)
+    parts = list(texts(message, index))
+    content: Any = "\n".join(parts)
     if as_parts and message.role != "tool":
-        content = [{"type": "text", "text": text} for text in texts]
+        content = [{"type": "text", "text": text} for text in parts]
     result: dict[str, Any] = {"role": message.role, "content": content}
     if message.name is not None:
         result["name"] = message.name
@@ -61,7 +61,8 @@ def _converted(message: Message, index: int, as_parts: bool) -> dict[str, Any]:
     return result
 
 
-def _texts(message: Message, index: int) -> Iterator[str]:
+def texts(message: Message, index: int) -> Iterator[str]:
+    """What the message says, part by part. Raises `InvalidRequest` for other parts than text."""
     if message.content is None:
         return
     parts = [message.content] if isinstance(message.content, str) else message.content

@@ -84,6 +84,7 @@ _RULES: dict[type[Struct], dict[str, Schema]] = {
         "max_tokens": {"minimum": 1},
         "max_completion_tokens": {"minimum": 1},
         "top_logprobs": _COUNT_OR_ALL,
+        "tools": {"minItems": 1},
     },
     DetokenizeRequest: {"tokens": {"items": {"minimum": 0, "maximum": MAX_TOKEN_ID}}},
 }

@@ -34,6 +34,7 @@ class ApiOptions(Struct, frozen=True, kw_only=True):
     enable_prompt_tokens_details: bool = False
     force_include_usage: bool = False
     trust_request_chat_template: bool = False
+    exclude_tools_when_tool_choice_none: bool = False
     return_tokens_as_token_ids: bool = False
     default_chat_template_kwargs: dict[str, Any] = {}
     response_role: str = "assistant"

@@ -120,24 +120,30 @@ class Renderer:
 
         With `any_length` the text may be longer than the model.
         """
-        return await self._run(lambda: self._encode(text, add_special_tokens, "prompt", any_length))
+        return await self.run(lambda: self._encode(text, add_special_tokens, "prompt", any_length))
 
     async def decode(self, token_ids: list[int]) -> str:
         """The text of token ids, special tokens included."""
-        return await self._run(lambda: self._tokenizer.decode(token_ids))
+        return await self.run(lambda: self._tokenizer.decode(token_ids))
 
     async def token_strings(self, token_ids: list[int]) -> list[str]:
         """The strings under which the vocabulary has these ids, which `encode` has given."""
-        return await self._run(lambda: [self._backend.id_to_token(i) for i in token_ids])
+        return await self.run(lambda: [self._backend.id_to_token(i) for i in token_ids])
 
     async def render_chat(self, messages: list[Message], options: ChatOptions) -> Prompt:
         """The chat through the template, then tokenised without special tokens by default.
 
         Raises `InvalidRequest` with the template's own reason when it refuses the messages.
         """
-        return await self._run(lambda: self._render_chat(messages, options))
+        return await self.run(lambda: self._render_chat(messages, options))
 
-    async def _run(self, work: Callable[[], T]) -> T:
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """For what reads answers by the same vocabulary; never truncates or pads."""
+        return self._tokenizer
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """`work` on one of the threads. Raises what it raises, and `Overloaded`."""
         if self._num_pending >= MAX_PENDING:
             raise Overloaded("too many prompts are waiting to be tokenised")
         self._num_pending += 1

@@ -26,6 +26,12 @@ class PromptTokensDetails(Struct):
     multimodal_tokens: dict[str, int] | None | UnsetType = None
 
 
+class CompletionTokensDetails(Struct):
+    """How many tokens of the answers were reasoning, as their parser counts."""
+
+    reasoning_tokens: int
+
+
 class Usage(Struct):
     """Token counts over all prompts and answers of one request."""
 
@@ -33,7 +39,7 @@ class Usage(Struct):
     total_tokens: int
     completion_tokens: int
     prompt_tokens_details: PromptTokensDetails | None | UnsetType = None
-    completion_tokens_details: None | UnsetType = None
+    completion_tokens_details: CompletionTokensDetails | None | UnsetType = None
 
 
 class CompletionLogprobs(Struct):
@@ -122,8 +128,23 @@ class CompletionDelta(Struct):
     token_ids: list[int] | None
 
 
+class FunctionCall(Struct):
+    """What is called; `arguments` is JSON as text, as far as the model writes JSON."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Struct):
+    """One call of a tool."""
+
+    id: str
+    function: FunctionCall
+    type: str = "function"
+
+
 class ChatMessage(Struct):
-    """What the model said."""
+    """What the model said; `tool_calls` is left out where there are none, as in vLLM."""
 
     role: str
     content: str | None
@@ -131,7 +152,8 @@ class ChatMessage(Struct):
     annotations: None = None
     audio: None = None
     function_call: None = None
-    reasoning: None = None
+    tool_calls: list[ToolCall] | UnsetType = UNSET
+    reasoning: str | None = None
 
 
 class ChatChoice(Struct):
@@ -166,11 +188,29 @@ class ChatCompletion(Struct):
     tinfer: Shown | UnsetType = UNSET
 
 
+class DeltaFunctionCall(Struct):
+    """What is new of a call: its name once, then pieces of its arguments."""
+
+    name: str | UnsetType = UNSET
+    arguments: str | UnsetType = UNSET
+
+
+class DeltaToolCall(Struct):
+    """What is new of the call at `index`; id and type come once, with its name."""
+
+    index: int
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    function: DeltaFunctionCall | UnsetType = UNSET
+
+
 class DeltaMessage(Struct):
     """What is new in a chat message; the role comes once, at the start."""
 
-    content: str
+    content: str | UnsetType = UNSET
     role: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    tool_calls: list[DeltaToolCall] | UnsetType = UNSET
 
 
 class ChatDelta(Struct):

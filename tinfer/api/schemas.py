@@ -109,24 +109,6 @@ class Message(Struct):
     reasoning_content: str | None = None
 
 
-class ChatRequest(SamplingFields, kw_only=True):
-    """`POST /v1/chat/completions`."""
-
-    messages: list[Message]
-    max_completion_tokens: int | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
-        None
-    )
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    documents: list[dict[str, str]] | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    return_prompt_text: bool | None = None
-
-
 class ToolFunction(Struct):
     """What a tool is called and takes; the parameters are a JSON schema."""
 
@@ -143,6 +125,42 @@ class Tool(Struct):
     function: ToolFunction
     type: Literal["function"] = "function"
     defer_loading: bool | None = None
+
+
+class NamedFunction(Struct):
+    """The name of the one tool that is to be called."""
+
+    name: str
+
+
+class NamedTool(Struct):
+    """`tool_choice` as an object: this tool and no other."""
+
+    function: NamedFunction
+    type: Literal["function"] = "function"
+
+
+class ChatRequest(SamplingFields, kw_only=True):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
+        None
+    )
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, str]] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    return_prompt_text: bool | None = None
+    echo: bool | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
 
 
 class TokenizeRequest(Addressed, kw_only=True):

@@ -23,6 +23,7 @@ from tinfer.api.decode import BodyDecoder
 from tinfer.api.failures import error_middleware, json_response
 from tinfer.api.openapi import Endpoint
 from tinfer.api.options import ApiOptions
+from tinfer.api.parsing import Parsers
 from tinfer.api.render import Renderer
 from tinfer.api.responses import (
     ChatCompletion,
@@ -45,12 +46,14 @@ from tinfer.errors import ModelNotFound
 MAX_DRAIN_S = 86400.0
 
 
-def create_app(service: Service, renderer: Renderer, options: ApiOptions) -> web.Application:
+def create_app(
+    service: Service, renderer: Renderer, options: ApiOptions, parsers: Parsers | None = None
+) -> web.Application:
     """The application; it closes `renderer` when it is cleaned up.
 
     Run it with `create_runner`, or clients that leave are noticed only at the next write.
     """
-    api = Api(service, renderer, options)
+    api = Api(service, renderer, options, parsers)
     app = web.Application(
         middlewares=[
             error_middleware,

@@ -29,7 +29,8 @@ class Delta(Struct):
 
     The last delta of a stream has a `finish_reason` and a `trace`. `prompt_logprobs` comes once,
     with the first delta; `cached_tokens` is the number of prompt tokens that no worker computed for
-    this request.
+    this request. `seams` are the characters and tokens at which each but the first of what merged
+    begins, for those who have to read step by step.
     """
 
     text: str = ""
@@ -40,6 +41,7 @@ class Delta(Struct):
     stop_reason: int | str | None = None
     cached_tokens: int = 0
     trace: Trace | None = None
+    seams: list[tuple[int, int]] | None = None
 
 
 # Whether it has taken the delta; one that it has not stays in its stream.

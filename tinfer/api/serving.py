@@ -13,7 +13,7 @@ from tinfer.api.deadline import Deadline
 from tinfer.api.failures import error_body, json_response, unexpected
 from tinfer.api.fanout import Batch, Fanout
 from tinfer.api.render import Prompt
-from tinfer.api.responses import ChunkTail, PromptTokensDetails, Usage
+from tinfer.api.responses import ChunkTail, CompletionTokensDetails, PromptTokensDetails, Usage
 from tinfer.api.service import Delta, Generation, Service
 from tinfer.api.sse import DONE, direct, error_event, open_stream
 from tinfer.api.trace import Shown, Trace, shown
@@ -75,6 +75,8 @@ class Counter:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._cached = [0] * job.num_answers
+        # Per answer, where a parser counts them.
+        self.reasoning_tokens: list[int] | None = None
         self.output_tokens = [0] * job.num_answers
 
     def add(self, index: int, delta: Delta) -> None:
@@ -89,6 +91,8 @@ class Counter:
     def total(self) -> Usage:
         """Usage of a whole response."""
         usage = self._usage(self._prompt_tokens(), sum(self.output_tokens))
+        if self.reasoning_tokens is not None:
+            usage.completion_tokens_details = self._details(self.reasoning_tokens)
         if self._job.cached_details:
             usage.prompt_tokens_details = PromptTokensDetails(self.cached_tokens)
         return usage
@@ -98,6 +102,8 @@ class Counter:
         usage = self._usage(self._prompt_tokens(), sum(self.output_tokens))
         usage.completion_tokens_details = UNSET
         usage.prompt_tokens_details = UNSET
+        if self.reasoning_tokens is not None:
+            usage.completion_tokens_details = self._details(self.reasoning_tokens)
         if self._job.cached_details:
             usage.prompt_tokens_details = PromptTokensDetails(self.cached_tokens, UNSET, UNSET)
         return usage
@@ -107,7 +113,13 @@ class Counter:
         prompt = self._job.prompts[index // self._job.n]
         usage = self._usage(len(prompt.token_ids), self.output_tokens[index])
         usage.prompt_tokens_details = usage.completion_tokens_details = UNSET
+        if self.reasoning_tokens is not None:
+            usage.completion_tokens_details = self._details([self.reasoning_tokens[index]])
         return usage
+
+    @staticmethod
+    def _details(reasoning_tokens: list[int]) -> CompletionTokensDetails:
+        return CompletionTokensDetails(sum(reasoning_tokens))
 
     def _prompt_tokens(self) -> int:
         return sum(len(prompt.token_ids) for prompt in self._job.prompts)
@@ -130,15 +142,16 @@ class Reply(Protocol):
         ...
 
     def event(self, index: int, delta: Delta) -> bytes:
-        """The event of one delta; the counter already knows it."""
+        """The event of one delta, which the counter already knows; empty where there is nothing to
+        say before the next one. Raises `ParserFailed`."""
         ...
 
     def closing(self) -> bytes:
         """Events after the last delta, before the end mark."""
         ...
 
-    def whole(self, answers: list[Answer]) -> Struct:
-        """The body of a response that is not streamed."""
+    async def whole(self, answers: list[Answer]) -> Struct:
+        """The body of a response that is not streamed. Raises `ParserFailed`."""
         ...
 
 
@@ -205,7 +218,7 @@ async def answer(
                         answers[index].add(delta)
         except TimeoutError as error:
             raise deadline.passed() from error
-        return json_response(reply.whole(answers), headers=headers)
+        return json_response(await reply.whole(answers), headers=headers)
 
 
 async def _stream(
@@ -255,7 +268,8 @@ async def _write_batches(
     if sink is not None:
         fanout.write_through(sink)
     async for batch in batches:
-        await response.write(_events(reply, batch))
+        if events := _events(reply, batch):
+            await response.write(events)
 
 
 def _is_stalled(request: web.Request) -> bool:

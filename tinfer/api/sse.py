@@ -60,7 +60,8 @@ class Direct:
 
     It takes a delta where the connection has sent all that it was given, and else leaves it: what
     waits is written, merged, by the handler, who can wait for the client. `encode` makes the bytes
-    of the events; where it raises, the handler is left to find out and to say so.
+    of the events, none where they say nothing; where it raises, the handler is left to find out and
+    to say so.
     """
 
     def __init__(self, transport: asyncio.Transport, encode: Callable[[Delta], bytes]) -> None:
@@ -75,6 +76,8 @@ class Direct:
             events = self._encode(delta)
         except Exception:  # noqa: BLE001 - the handler meets it again and tells the client
             return False
+        if not events:  # an empty chunk would end the response
+            return True
         # A chunk of the chunked transfer coding, RFC 9112 section 7.1.
         transport.write(b"%x\r\n%b\r\n" % (len(events), events))
         return True

@@ -62,6 +62,17 @@ def structured_spec(
     return StructuredSpec(**fields)
 
 
+def check_generated(spec: StructuredSpec | None, param: str) -> None:
+    """Holds what a parser made of a request's tools to the limits of what a client may send.
+
+    Raises `InvalidRequest` with `param`.
+    """
+    if spec is None:
+        return
+    fields = {kind: value for kind in _KINDS if (value := getattr(spec, kind)) is not None}
+    _check(fields, param)
+
+
 def _from_asked(asked: StructuredOutputs) -> dict[str, Any]:
     if asked.disable_additional_properties:
         raise InvalidRequest(

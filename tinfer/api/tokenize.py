@@ -6,8 +6,6 @@ a prompt is too long. Like prompts of the other endpoints, these run on the rend
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 from aiohttp import web
 from msgspec import Struct
@@ -16,7 +14,8 @@ from tinfer.api.chat import chat_options
 from tinfer.api.context import Api
 from tinfer.api.failures import json_response
 from tinfer.api.render import Prompt
-from tinfer.api.schemas import TokenizeRequest, Tool
+from tinfer.api.schemas import TokenizeRequest
+from tinfer.api.tools import for_template
 from tinfer.errors import InvalidRequest
 
 MAX_TOKEN_ID = 2**32 - 1  # Source: the `tokenizers` library keeps ids as unsigned 32-bit integers
@@ -64,20 +63,6 @@ async def _rendered(api: Api, parsed: TokenizeRequest) -> Prompt:
     options = chat_options(api, parsed)
     kwargs = options.kwargs
     if parsed.tools is not None:
-        kwargs = {"tools": [_for_template(tool) for tool in parsed.tools]} | kwargs
+        kwargs = {"tools": [for_template(tool) for tool in parsed.tools]} | kwargs
     options = msgspec.structs.replace(options, kwargs=kwargs, any_length=True)
     return await api.renderer.render_chat(parsed.messages or [], options)
-
-
-def _for_template(tool: Tool) -> dict[str, Any]:
-    """A tool as templates of vLLM see it: nulls stay, but for the two rarest fields."""
-    function = msgspec.structs.asdict(tool.function)
-    if function["defer_loading"] is None:
-        function["defer_loading"] = tool.defer_loading
-    for rare in ("strict", "defer_loading"):
-        if function[rare] is None:
-            del function[rare]
-    shown: dict[str, Any] = {"type": tool.type, "function": function}
-    if tool.defer_loading is not None:
-        shown["defer_loading"] = tool.defer_loading
-    return shown

@@ -173,9 +173,12 @@ def json_pairs(
     _ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
 ) -> dict[str, Any]:
     """A click callback: `NAME=VALUE` pairs by vLLM's names, a value as JSON where it is JSON and
-    else as the text that it is."""
+    else as the text that it is; or a JSON object of many."""
     pairs: dict[str, Any] = {}
     for value in values:
+        if value.lstrip().startswith("{"):
+            pairs |= _object(value, param)
+            continue
         name, equals, text = value.partition("=")
         if not equals or not plain_name(name):
             raise click.BadParameter(f"{value!r} is not NAME=VALUE", param=param)
@@ -184,6 +187,14 @@ def json_pairs(
         except msgspec.DecodeError:
             pairs[plain_name(name)] = text
     return pairs
+
+
+def _object(text: str, param: click.Parameter) -> dict[str, Any]:
+    try:
+        given = msgspec.json.decode(text, type=dict[str, Any])
+    except msgspec.MsgspecError as error:
+        raise click.BadParameter(f"{text!r}: {error}", param=param) from error
+    return {plain_name(name): value for name, value in given.items()}
 
 
 def checked(flag: str, parse: Callable[[Any], ParsedT], given: Any) -> ParsedT:

@@ -26,10 +26,12 @@ from tinfer.client.results import (
     ChatMessage,
     Completion,
     CompletionChunk,
+    FunctionCall,
     Health,
     JsonAnswer,
     Model,
     Tokens,
+    ToolCall,
     Usage,
 )
 from tinfer.client.stream import AsyncStream, StreamedAnswer
@@ -47,6 +49,7 @@ __all__ = [
     "Completion",
     "CompletionChunk",
     "ConnectionFailed",
+    "FunctionCall",
     "Health",
     "JsonAnswer",
     "Model",
@@ -59,6 +62,7 @@ __all__ = [
     "StreamedAnswer",
     "TinferClientError",
     "Tokens",
+    "ToolCall",
     "Unauthorized",
     "UnexpectedAnswer",
     "Usage",

@@ -67,6 +67,11 @@ class ChatParams(SamplingParams, total=False):
     add_generation_prompt: bool | None
     continue_final_message: bool | None
     return_prompt_text: bool | None
+    echo: bool | None
+    tools: Sequence[Mapping[str, Any]] | None
+    tool_choice: str | Mapping[str, Any] | None
+    parallel_tool_calls: bool | None
+    include_reasoning: bool | None
 
 
 COMPLETION_NAMES = CompletionParams.__optional_keys__

@@ -19,6 +19,12 @@ class PromptTokensDetails(Struct):
     cached_tokens: int | None = None
 
 
+class CompletionTokensDetails(Struct):
+    """What answers were made of; there on a server with a reasoning parser."""
+
+    reasoning_tokens: int | None = None
+
+
 class Usage(Struct):
     """Token counts over all prompts and answers of one request."""
 
@@ -26,6 +32,7 @@ class Usage(Struct):
     completion_tokens: int | None = None
     total_tokens: int = 0
     prompt_tokens_details: PromptTokensDetails | None = None
+    completion_tokens_details: CompletionTokensDetails | None = None
 
 
 class CompletionChoice(Struct):
@@ -65,13 +72,28 @@ class Completion(Struct):
         return self.choices[0].token_ids if self.choices else None
 
 
+class FunctionCall(Struct):
+    """What is to be called; `arguments` is JSON as text, which a model may get wrong."""
+
+    name: str = ""
+    arguments: str = ""
+
+
+class ToolCall(Struct):
+    """One call of a tool; its `id` goes back with the result, as `tool_call_id`."""
+
+    id: str = ""
+    function: FunctionCall = field(default_factory=FunctionCall)
+    type: str = "function"
+
+
 class ChatMessage(Struct):
     """What the model said."""
 
     role: str = "assistant"
     content: str | None = None
     reasoning: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(Struct):
@@ -116,6 +138,14 @@ class ChatCompletion(Struct):
         return self.message.content or ""
 
     @property
+    def tool_calls(self) -> list[ToolCall]:
+        return self.message.tool_calls or []
+
+    @property
+    def reasoning(self) -> str:
+        return self.message.reasoning or ""
+
+    @property
     def finish_reason(self) -> str | None:
         return self.choices[0].finish_reason if self.choices else None
 
@@ -135,6 +165,12 @@ class Delta(Protocol):
     @property
     def text(self) -> str: ...
 
+    @property
+    def reasoning(self) -> str: ...
+
+    @property
+    def tool_calls(self) -> list[ToolCallDelta]: ...
+
 
 class CompletionDelta(Struct):
     """One answer's share of a chunk of `/v1/completions`."""
@@ -147,6 +183,41 @@ class CompletionDelta(Struct):
     prompt_token_ids: list[int] | None = None
     logprobs: dict[str, Any] | None = None
 
+    @property
+    def reasoning(self) -> str:
+        return ""
+
+    @property
+    def tool_calls(self) -> list[ToolCallDelta]:
+        return []
+
+
+class FunctionDelta(Struct):
+    """What is new of a call: its name, or a piece of its arguments."""
+
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolCallDelta(Struct):
+    """What is new of the call at `index`; id and type come once."""
+
+    index: int = 0
+    id: str | None = None
+    type: str | None = None
+    function: FunctionDelta | None = None
+
+
+def add_call(calls: list[ToolCall], new: ToolCallDelta) -> None:
+    """Add what is new to the calls so far; a first piece of a call makes it."""
+    if new.index >= len(calls):
+        calls.append(ToolCall())
+    call = calls[max(0, min(new.index, len(calls) - 1))]
+    call.id = new.id or call.id
+    if new.function is not None:
+        call.function.name += new.function.name or ""
+        call.function.arguments += new.function.arguments or ""
+
 
 class MessageDelta(Struct):
     """What is new in a chat message."""
@@ -154,7 +225,7 @@ class MessageDelta(Struct):
     role: str | None = None
     content: str | None = None
     reasoning: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatDelta(Struct):
@@ -170,6 +241,14 @@ class ChatDelta(Struct):
     @property
     def text(self) -> str:
         return self.delta.content or ""
+
+    @property
+    def reasoning(self) -> str:
+        return self.delta.reasoning or ""
+
+    @property
+    def tool_calls(self) -> list[ToolCallDelta]:
+        return self.delta.tool_calls or []
 
 
 class CompletionChunk(Struct):

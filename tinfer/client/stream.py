@@ -24,7 +24,14 @@ from tinfer.client.errors import (
     UnexpectedAnswer,
 )
 from tinfer.client.limits import Deadlines, TimeLimits
-from tinfer.client.results import ChatChunk, CompletionChunk, Delta, Usage
+from tinfer.client.results import (
+    ChatChunk,
+    CompletionChunk,
+    Delta,
+    ToolCall,
+    Usage,
+    add_call,
+)
 from tinfer.client.sse import EventTooLarge, SseParser
 
 # How long a stream that has ended may take to free its connection for the next request.
@@ -49,6 +56,8 @@ class StreamedAnswer(Struct, kw_only=True):
     last_s: float | None = None
     itl_s: list[float] = field(default_factory=list)
     tinfer: dict[str, Any] | None = None
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -56,9 +65,12 @@ class StreamedAnswer(Struct, kw_only=True):
 
     def add(self, delta: Delta, at_s: float) -> None:
         """Add what came `at_s` seconds after the request was sent."""
-        has_tokens = bool(delta.text or delta.token_ids)
+        has_tokens = bool(delta.text or delta.token_ids or delta.reasoning or delta.tool_calls)
         if delta.text:
             self.pieces.append(delta.text)
+        self.reasoning += delta.reasoning
+        for call in delta.tool_calls:
+            add_call(self.tool_calls, call)
         self.token_ids += delta.token_ids or ()
         if delta.finish_reason is not None:
             self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
@@ -114,6 +126,15 @@ class AsyncStream(Generic[ChunkT]):
     @property
     def finish_reason(self) -> str | None:
         return self.answers[0].finish_reason
+
+    @property
+    def reasoning(self) -> str:
+        return self.answers[0].reasoning
+
+    @property
+    def tool_calls(self) -> list[ToolCall]:
+        """The calls so far; the arguments of the last may not be whole before the end."""
+        return self.answers[0].tool_calls
 
     @property
     def token_ids(self) -> list[int]:

@@ -33,6 +33,7 @@ from tinfer.client.results import (
     JsonAnswer,
     Model,
     Tokens,
+    ToolCall,
     Usage,
 )
 from tinfer.client.retries import BASE_DELAY_S
@@ -107,6 +108,15 @@ class Stream(Generic[ChunkT]):
     @property
     def finish_reason(self) -> str | None:
         return self._stream.finish_reason
+
+    @property
+    def reasoning(self) -> str:
+        return self._stream.reasoning
+
+    @property
+    def tool_calls(self) -> list[ToolCall]:
+        """The calls so far; the arguments of the last may not be whole before the end."""
+        return self._stream.tool_calls
 
     @property
     def usage(self) -> Usage | None:

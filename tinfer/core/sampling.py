@@ -12,7 +12,10 @@ from msgspec import Struct
 class StructuredSpec(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What the answer must match; exactly one of the first five is set.
 
-    Names and meaning are those of vLLM's `structured_outputs`; `json` is a schema as JSON text.
+    Names and meaning are those of vLLM's `structured_outputs`; `json` is a schema as JSON text. On
+    a server with a reasoning parser the answer matches from the end of its reasoning on: from the
+    start where `reasoning_ended`, else where the parser finds it; `template_kwargs`, JSON as text,
+    are those of the chat's template.
     """
 
     json: str | None = None
@@ -23,6 +26,8 @@ class StructuredSpec(Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     structural_tag: str | None = None
     disable_any_whitespace: bool = False
     whitespace_pattern: str | None = None
+    reasoning_ended: bool | None = None
+    template_kwargs: str | None = None
 
 
 class SamplingSpec(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -15,12 +15,10 @@ from pathlib import Path
 import uvloop
 from aiohttp import web
 
-from tinfer import __version__
 from tinfer.api.connection import connections
 from tinfer.api.limits import KEEP_ALIVE_S
-from tinfer.api.options import ApiOptions
+from tinfer.api.parsing import Parsers
 from tinfer.api.render import Renderer
-from tinfer.api.sampling import load_sampling_defaults
 from tinfer.api.server import create_app, create_runner
 from tinfer.api.service import ModelCard
 from tinfer.clock import MonotonicClock
@@ -33,13 +31,14 @@ from tinfer.errors import NoWorker, StartError, TinferError
 from tinfer.master import report, transport
 from tinfer.master.cores import CoreClaims
 from tinfer.master.event_log import EventLog
-from tinfer.master.front import Front, open_front
+from tinfer.master.front import Front, api_options, open_front
 from tinfer.master.hangs import HangWatch
 from tinfer.master.lag import LagMeter
 from tinfer.master.limits import client_descriptors, raise_descriptor_limit
 from tinfer.master.listener import Door
 from tinfer.master.loop import Dispatcher
 from tinfer.master.pairing import Pairs, pair
+from tinfer.master.parsers import load_parsers
 from tinfer.master.plan import Decision
 from tinfer.master.predictor_state import PredictorState
 from tinfer.master.preparation import prepare
@@ -95,6 +94,8 @@ async def _serve(config: ServeConfig, decision: Decision, front: Front) -> int:
         await server.drain()
     finally:
         await server.close()
+        # What is frozen is never collected, which libraries that count their objects complain of.
+        gc.unfreeze()
     return 0
 
 
@@ -160,9 +161,13 @@ class Server:
     async def start(self) -> None:
         """Returns when requests are served. Raises `StartError`, or returns early on a signal."""
         self._changed()
+        renderer = await Renderer.load(Path(self.model_dir), self._config.chat_template)
+        # Before the workers: what the options name wrongly costs no start of an engine.
+        parsers = await load_parsers(self._config, renderer, self.model_dir)
+        if self.stopped.is_set():
+            return
         choice = await transport.choose(self._config, self._placements)
         self._supervisor.start_workers(choice.name)
-        renderer = await Renderer.load(Path(self.model_dir), self._config.chat_template)
         stopped = asyncio.create_task(self.stopped.wait())
         try:
             await asyncio.wait({self._all_ready, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -171,9 +176,11 @@ class Server:
         if self.stopped.is_set():
             return
         self._all_ready.result()
-        await self._open_api(renderer, choice)
+        await self._open_api(renderer, parsers, choice)
 
-    async def _open_api(self, renderer: Renderer, choice: transport.Choice) -> None:
+    async def _open_api(
+        self, renderer: Renderer, parsers: Parsers | None, choice: transport.Choice
+    ) -> None:
         infos = [slot.ready for slot in self._supervisor.slots.values() if slot.ready is not None]
         card = ModelCard(
             names=self._names,
@@ -191,16 +198,8 @@ class Server:
             self._lag,
             self._run_dir.path.name,
         )
-        options = ApiOptions(
-            version=__version__,
-            strict_params=self._config.strict_params,
-            max_logprobs=self._config.max_logprobs,
-            request_timeout_s=self._config.request_timeout,
-            api_keys=self._front.keys,
-            cors=self._front.cors,
-            sampling_defaults=load_sampling_defaults(Path(self.model_dir)),
-        )
-        self._runner = create_runner(create_app(self._service, renderer, options))
+        options = api_options(self._config, self._front, Path(self.model_dir))
+        self._runner = create_runner(create_app(self._service, renderer, options, parsers))
         await self._runner.setup()
         # What is there for good: a full collection would go through all of it, 30 ms and more in
         # which no stream moves.

@@ -10,13 +10,16 @@ import os
 import socket
 import ssl
 from collections.abc import Iterator, MutableMapping
+from pathlib import Path
 
 import msgspec
 from msgspec import Struct
 
-from tinfer import unix_socket
+from tinfer import __version__, unix_socket
 from tinfer.api.cors import Cors
 from tinfer.api.keys import ApiKeys
+from tinfer.api.options import ApiOptions
+from tinfer.api.sampling import load_sampling_defaults
 from tinfer.config import ServeConfig
 from tinfer.master.keys import take_keys
 from tinfer.master.listener import bind, bind_unix
@@ -69,6 +72,23 @@ def open_front(
     rest = msgspec.structs.replace(config, api_key=(), uds=uds)
     with _listening(rest) as listener:
         yield rest, Front(listener, tls, keys, cors)
+
+
+def api_options(config: ServeConfig, front: Front, model_dir: Path) -> ApiOptions:
+    """What the HTTP layer is told. Raises `StartError` for a generation config that makes no
+    sense."""
+    return ApiOptions(
+        version=__version__,
+        strict_params=config.strict_params,
+        max_logprobs=config.max_logprobs,
+        request_timeout_s=config.request_timeout,
+        api_keys=front.keys,
+        cors=front.cors,
+        sampling_defaults=load_sampling_defaults(model_dir),
+        trust_request_chat_template=config.trust_request_chat_template,
+        default_chat_template_kwargs=config.default_chat_template_kwargs,
+        exclude_tools_when_tool_choice_none=config.exclude_tools_when_tool_choice_none,
+    )
 
 
 @contextlib.contextmanager

@@ -151,6 +151,9 @@ def _engine_args(config: ServeConfig, placement: Placement) -> dict[str, Any]:
         arguments["kv_cache_dtype"] = config.kv_cache_dtype
     if config.quantization is not None:
         arguments["quantization"] = config.quantization
+    if config.reasoning_parser is not None:
+        # A grammar of theirs holds from the end of the reasoning on.
+        arguments["reasoning_parser"] = config.reasoning_parser
     if config.max_model_len is not None:
         arguments["max_model_len"] = config.max_model_len
     if config.block_size is not None:

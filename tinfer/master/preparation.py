@@ -17,6 +17,7 @@ from tinfer.master.event_log import check_writable
 from tinfer.master.front import open_front
 from tinfer.master.hub_fetch import fetch
 from tinfer.master.limits import client_descriptors, raise_descriptor_limit
+from tinfer.master.parsers import check_parsers
 from tinfer.master.plan import Decision, Plan
 from tinfer.master.predictor_state import check_state_option
 from tinfer.master.tuned import stored_tuning
@@ -58,6 +59,7 @@ def _decide(config: ServeConfig, claims: CoreClaims) -> tuple[ServeConfig, Decis
     if config.event_log is not None:
         check_writable(Path(config.event_log))
     check_state_option(config)
+    check_parsers(config)
     around = plan.look_around(config, claims)
     decision = plan.decide(config, around)
     tuning = stored_tuning(config, decision, around.gpus)

@@ -51,7 +51,7 @@ class RequestStream:
                 return
             self._pending = delta
         else:
-            _merge(self._pending, delta)
+            merge(self._pending, delta)
         self._ended = delta.finish_reason is not None
         self._wake()
 
@@ -97,8 +97,11 @@ class RequestStream:
         self._on_cancel(self._request_id)
 
 
-def _merge(pending: Delta, new: Delta) -> None:
+def merge(pending: Delta, new: Delta) -> None:
     """Add `new` to `pending` in place: a stalled reader must not make every step copy the past."""
+    if pending.seams is None:
+        pending.seams = []
+    pending.seams.append((len(pending.text), len(pending.token_ids)))
     pending.text += new.text
     pending.token_ids.extend(new.token_ids)
     if pending.logprobs is None:

@@ -7,6 +7,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from tinfer import config
 from tinfer.config import ServeConfig
 
@@ -32,12 +34,23 @@ def serve_words(model: str | os.PathLike[str] | None, options: Mapping[str, Any]
         if isinstance(value, bool):
             words.append(flag if value else "--no-" + flag[2:])
         elif isinstance(value, Mapping):
-            words += [f"{flag}={key}={number}" for key, number in value.items()]
+            words += [f"{flag}={key}={_written(inner)}" for key, inner in value.items()]
         elif isinstance(value, list | tuple):
             words += [f"{flag}={one}" for one in value]
         else:
             words.append(f"{flag}={value}")
     return words
+
+
+def _written(value: Any) -> str:
+    """As the command line reads it back: text that looks like JSON, and all that is no text, as
+    JSON."""
+    if isinstance(value, str):
+        try:
+            msgspec.json.decode(value)
+        except msgspec.DecodeError:
+            return value
+    return msgspec.json.encode(value).decode()
 
 
 def _plain(value: Any) -> Any:

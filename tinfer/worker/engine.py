@@ -125,6 +125,7 @@ class VllmEngine:
         state = self._llm.output_processor.request_states[internal_id]
         assert state.detokenizer is not None
         self._running[start.request_id] = _Running(start.kind, state.detokenizer)
+        self._scheduler.set_reasoning(internal_id, start.sampling.structured)
 
     def _refuse(self, source: Source | None) -> None:
         if source is not None:

@@ -19,9 +19,11 @@ import time
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
+from tinfer.core.sampling import StructuredSpec
 from tinfer.worker.adapter import Report
 from tinfer.worker.grammar_watch import GrammarWatch
 from tinfer.worker.handoff_scheduler import external_id
@@ -74,6 +76,17 @@ class EngineScheduler(Scheduler):
         if transfer is not None:
             request.kv_transfer_params = transfer
         return True
+
+    def set_reasoning(self, internal_id: str, spec: StructuredSpec | None) -> None:
+        """Tell a request that has just been added from where on its grammar holds; vLLM's
+        `add_request` of the in-process engine does not take it."""
+        structured = self.requests[internal_id].structured_output_request
+        if spec is None or structured is None:
+            return
+        structured.reasoning_ended = spec.reasoning_ended
+        if spec.template_kwargs is not None:
+            kwargs = msgspec.json.decode(spec.template_kwargs)
+            structured.reasoning_parser_kwargs = {"chat_template_kwargs": kwargs}
 
     def take_report(self) -> Report:
         """What happened since the last call that no output tells."""
