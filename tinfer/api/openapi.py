@@ -136,8 +136,9 @@ class Endpoint(Struct, frozen=True, kw_only=True):
     """One route: what is called, and what a client has to know.
 
     `takes` is the struct that the body is decoded into; `gives` the type of the answer's JSON, None
-    for an empty body; `event` one choice of a stream's chunk, where the endpoint generates. Errors
-    are answered with an `ErrorBody`, those in `plain_errors` also in plain text.
+    for an empty body; `event` one choice of a stream's chunk, where the endpoint generates; `texts`
+    the media types of an answer that is text. Errors are answered with an `ErrorBody`, those in
+    `plain_errors` also in plain text.
     """
 
     method: str
@@ -148,6 +149,7 @@ class Endpoint(Struct, frozen=True, kw_only=True):
     gives: Any = None
     event: type[Struct] | None = None
     status: int = 200
+    texts: tuple[str, ...] = ()
     errors: tuple[int, ...] = ()
     plain_errors: tuple[int, ...] = ()
 
@@ -207,6 +209,8 @@ def _responses(endpoint: Endpoint) -> Schema:
     success: Schema = {"description": endpoint.summary}
     if endpoint.gives is not None:
         success["content"] = {"application/json": {"schema": _schema_of(endpoint.gives)}}
+    if endpoint.texts:
+        success["content"] = {kind: {"schema": {"type": "string"}} for kind in endpoint.texts}
     if endpoint.event is not None:
         success["content"]["text/event-stream"] = _stream(endpoint.event)
     if endpoint.takes is not None and issubclass(endpoint.takes, Addressed):

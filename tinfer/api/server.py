@@ -14,7 +14,7 @@ import msgspec
 from aiohttp import web
 from msgspec import Meta, Struct
 
-from tinfer.api import chat, completions, openapi, tokenize
+from tinfer.api import chat, completions, exposition, openapi, tokenize
 from tinfer.api.access import access_middleware
 from tinfer.api.connection import body_middleware
 from tinfer.api.context import Api
@@ -238,6 +238,13 @@ ENDPOINTS = (
             plain_errors=(503,),
         )
         for method, path in (("GET", "/health"), ("GET", "/ping"), ("POST", "/ping"))
+    ),
+    Endpoint(
+        method="GET",
+        path="/metrics",
+        handler=exposition.handle,
+        summary="Metrics for Prometheus",
+        texts=exposition.MEDIA_TYPES,
     ),
     Endpoint(
         method="GET",

@@ -145,9 +145,9 @@ class Reply(Protocol):
 def generations(prompts: Sequence[Prompt], specs: Sequence[list[SamplingSpec]]) -> list[Generation]:
     """One sequence per prompt and child, in index order; `specs` holds the children of each."""
     return [
-        Generation(prompt_token_ids=prompt.token_ids, sampling=spec)
+        Generation(prompt.token_ids, spec, n=len(children), child=child)
         for prompt, children in zip(prompts, specs, strict=True)
-        for spec in children
+        for child, spec in enumerate(children)
     ]
 
 

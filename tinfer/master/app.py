@@ -252,7 +252,8 @@ class Server:
         except Exception as error:
             # What does not add up must not stay: its requests go on elsewhere once it is dead.
             log.exception("what %s.%d says makes no sense", *sender)
-            self._supervisor.end_worker(slot, f"said what makes no sense: {error!r}")
+            reason = f"said what makes no sense: {error!r}"
+            self._supervisor.end_worker(slot, reason, "nonsense")
 
     def _worker_up(self, slot: WorkerSlot) -> None:
         ready = slot.ready
