@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from functools import partial
 
 from aiohttp import hdrs, web
 from prometheus_client.core import Metric
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.openmetrics.exposition import ALLOWUTF8, UNDERSCORES
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from tinfer.api.context import Api
@@ -45,6 +47,10 @@ async def exposition(
     """The text and its content type, by an `Accept` header. `names`, if any, are the series to
     show."""
     encode, content_type = choose_encoder(accept)
+    if isinstance(encode, partial) and encode.keywords.get("escaping") == UNDERSCORES:
+        # All our names are legal in every format, so that nothing has to be escaped. The library's
+        # OpenMetrics takes the colon in them for something that has (0.26).
+        encode = partial(encode, escaping=ALLOWUTF8)
     wanted = registry.restricted_registry(names) if names else registry
     parts: list[bytes] = []
     for family in wanted.collect():
