@@ -42,7 +42,7 @@ async def test_openmetrics_where_it_is_asked_for(server: Server, accept: str) ->
     server.service.count.labels("there").inc(3)
     kind, text = await scrape(server, accept)
     assert kind.startswith("application/openmetrics-text; version=1.0.0; charset=utf-8")
-    found = {family.name: family for family in openmetrics_families(text)}
+    found = {family.name: family for family in openmetrics_families(text)}  # type: ignore[no-untyped-call]
     assert found["canned"].samples[0].value == 3
     assert found["canned_state"].samples[0].value == 2
 
