@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from tinfer.api.service import Delta, Generation
 from tinfer.api.trace import Trace
+from tinfer.clock import Clock
 from tinfer.core.lengths import Lengths
 from tinfer.master.attempts import Attempt, text_before
 from tinfer.master.metrics.tally import Tally
@@ -42,8 +43,11 @@ class LiveRequest(Struct):
     workers: set[Incarnation] = set()  # those with a part in it; ended and empty, it is forgotten
 
 
-def deliver(live: LiveRequest, output: wire.Output, now_s: float, tally: Tally) -> None:
-    """Push what the client lacks of an output, and count it."""
+def deliver(
+    live: LiveRequest, output: wire.Output, step_s: float, clock: Clock, tally: Tally
+) -> None:
+    """Push what the client lacks of an output, and count it. `step_s` is when the message that
+    brought it was taken in; only the first and the last token have a moment of their own."""
     live.finish_reason = output.finish_reason
     num_tokens = live.attempt.num_moved + output.num_output_tokens
     has = (live.delivered_tokens, live.delivered_text_len)
@@ -56,17 +60,17 @@ def deliver(live: LiveRequest, output: wire.Output, now_s: float, tally: Tally) 
     first = live.delivered_tokens == 0
     if num_new > 0:
         if first:
-            live.timeline.has_token(now_s)
-        if not live.stream.ended:
-            _count(live, first, num_new, now_s, tally)
-        live.last_token_s = now_s
+            _has_token(live, num_new, clock.now_s(), tally)
+        elif not live.stream.ended:
+            tally.delivered(num_new, step_s - live.last_token_s)
+        live.last_token_s = step_s
         live.emitted.extend(output.token_ids[-num_new:])
     live.delivered_tokens = max(live.delivered_tokens, num_tokens)
     live.delivered_text_len = max(live.delivered_text_len, text_len)
     logprobs = output.logprobs
     trace = None
     if output.finish_reason is not None:
-        trace = _trace(live, now_s)
+        trace = _trace(live, clock.now_s())
         if not live.stream.ended:
             sampling = live.generation.sampling
             tally.answered(output.finish_reason, trace, sampling, live.lengths, live.num_preempted)
@@ -84,14 +88,13 @@ def deliver(live: LiveRequest, output: wire.Output, now_s: float, tally: Tally) 
     )
 
 
-def _count(live: LiveRequest, first: bool, num_new: int, now_s: float, tally: Tally) -> None:
-    """Tokens that somebody waits for."""
-    tally.output_tokens += num_new
-    if not first:
-        return tally.itl.observe(now_s - live.last_token_s)
-    generation, ttft_s = live.generation, now_s - live.timeline.arrived_s
-    prompt_tokens = len(generation.prompt_token_ids)
-    tally.first_token(ttft_s, generation.sampling, prompt_tokens, live.cached_tokens)
+def _has_token(live: LiveRequest, num_new: int, now_s: float, tally: Tally) -> None:
+    live.timeline.has_token(now_s)
+    if not live.stream.ended:
+        generation, ttft_s = live.generation, now_s - live.timeline.arrived_s
+        prompt_tokens = len(generation.prompt_token_ids)
+        tally.output_tokens += num_new
+        tally.first_token(ttft_s, generation.sampling, prompt_tokens, live.cached_tokens)
 
 
 def _trace(live: LiveRequest, now_s: float) -> Trace:

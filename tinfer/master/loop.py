@@ -206,10 +206,11 @@ class Dispatcher:
                 for request_id in message.preempted:
                     if (live := self._live.get(request_id)) is not None:
                         live.num_preempted += 1
+                step_s = self._clock.now_s()
                 self._post(_stepped(sender, message))
                 for output in outputs:
                     if self._may_speak(sender, output.request_id):
-                        self._output(sender, output)
+                        self._output(sender, output, step_s)
             case wire.PullDone():
                 self._pull_done(sender, message)
             case wire.LeasesEnded(leases, stats):
@@ -241,7 +242,7 @@ class Dispatcher:
         log.error("%s.%d has no part in %s, of which it speaks", *worker, request_id)
         return False
 
-    def _output(self, sender: Incarnation, output: wire.Output) -> None:
+    def _output(self, sender: Incarnation, output: wire.Output, step_s: float) -> None:
         request_id = output.request_id
         if request_id in self._reprefills:
             return self._reprefilled(sender, output)
@@ -252,7 +253,7 @@ class Dispatcher:
             if output.finish_reason == "error":
                 self._end(live, EngineFailed("the engine failed on this request"), "engine")
             else:
-                deliver(live, output, self._clock.now_s(), self.tally)
+                deliver(live, output, step_s, self._clock, self.tally)
         source = output.source
         if output.finish_reason is not None:
             self._left(sender, request_id, answered=output.finish_reason != "error")

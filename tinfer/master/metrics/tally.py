@@ -7,6 +7,7 @@ those that went to the client.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from typing import Literal
 
@@ -101,6 +102,14 @@ class Tally:
         self.cached_tokens += cached
         if sampling.prompt_logprobs is None:  # else all of the prompt has to be computed
             self.looked_up_tokens += prompt
+
+    def delivered(self, num_tokens: int, gap_s: float) -> None:
+        """More tokens of a request that has its first, so long after those before. The only call
+        that comes with every token: what `Histogram.observe` does, without another call."""
+        self.output_tokens += num_tokens
+        itl = self.itl
+        itl.counts[bisect_left(buckets.ITL_S, gap_s)] += 1
+        itl.total += gap_s
 
     def handed_off(self, ok: bool, handoff_s: float | None, copy_s: float, num_bytes: int) -> None:
         """A decode worker has the blocks of a split request, or (not `ok`) computes them again."""
