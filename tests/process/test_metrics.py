@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 from pathlib import Path
 
@@ -144,3 +145,19 @@ async def test_a_refusal_and_a_death(tmp_path: Path) -> None:
         assert seen("tinfer:worker_generation", worker="decode-0") == 2
         assert seen("tinfer:worker_steps_total", worker="decode-0") >= steps_before
         server.stop()
+
+
+async def test_the_log_has_a_line_for_each(tmp_path: Path) -> None:
+    options = {"log_level": "info", "log_format": "json", "prefill": 1, "decode": 1}
+    with running(tmp_path, {**FAKE, "step_s": 0}, **options) as server:
+        request = completion([5] * 10, max_tokens=7, ignore_eos=True, request_id="mine")
+        await server.answer(request)
+        await server.idle()
+        server.stop()
+        lines = [one for one in server.process.output.splitlines() if one.startswith("{")]
+    found = [json.loads(line) for line in lines]
+    (line,) = [one for one in found if one["message"] == "POST /v1/completions 200"]
+    assert (line["logger"], line["request_id"], line["route"]) == ("tinfer.access", "mine", "split")
+    assert (line["prompt_tokens"], line["output_tokens"]) == (10, 7)
+    assert (line["finish_reason"], line["restarts"]) == ("length", 0)
+    assert 0 < line["ttft_s"] <= line["duration_s"]

@@ -18,10 +18,11 @@ from aiohttp import web
 from msgspec import Struct, UnsetType
 
 from tinfer.api.access import OPEN, PRIVILEGED
-from tinfer.api.context import ID_HEADER, Api
+from tinfer.api.context import Api
 from tinfer.api.deadline import HEADER as TIMEOUT_HEADER
 from tinfer.api.fields import IGNORED_HEADER, REFUSED
 from tinfer.api.limits import MAX_N, MAX_STOP_STRINGS
+from tinfer.api.request_log import ID_HEADER
 from tinfer.api.responses import ChunkHead, ChunkTail, ErrorBody
 from tinfer.api.sampling import INT64_MAX, INT64_MIN
 from tinfer.api.schemas import (
@@ -120,7 +121,8 @@ _ASK_TRACE: Schema = {
 _OWN_ID: Schema = {
     "name": ID_HEADER,
     "in": "header",
-    "description": "Ends the answer's `id`; the body's `request_id` does where this is not sent.",
+    "description": "Comes back in the same header and ends the answer's `id`; the body's "
+    "`request_id` does where this is not sent.",
     "schema": {"type": "string"},
 }
 

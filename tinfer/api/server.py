@@ -24,6 +24,7 @@ from tinfer.api.failures import error_middleware, json_response
 from tinfer.api.openapi import Endpoint
 from tinfer.api.options import ApiOptions
 from tinfer.api.render import Renderer
+from tinfer.api.request_log import log_middleware, show_id
 from tinfer.api.responses import (
     ChatCompletion,
     ChatDelta,
@@ -53,6 +54,7 @@ def create_app(service: Service, renderer: Renderer, options: ApiOptions) -> web
     api = Api(service, renderer, options)
     app = web.Application(
         middlewares=[
+            log_middleware,
             error_middleware,
             preflight_middleware(options.cors),
             access_middleware(options.api_keys),
@@ -60,6 +62,7 @@ def create_app(service: Service, renderer: Renderer, options: ApiOptions) -> web
         ],
         client_max_size=options.max_body_bytes,
     )
+    app.on_response_prepare.append(show_id)
     add_cors(app, options.cors)
     for endpoint in ENDPOINTS:
         handler = functools.partial(endpoint.handler, api)

@@ -75,11 +75,18 @@ class Counter:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._cached = [0] * job.num_answers
+        # Of the answers that are over, by index.
+        self.finish_reasons: dict[int, str] = {}
+        self.traces: dict[int, Trace] = {}
         self.output_tokens = [0] * job.num_answers
 
     def add(self, index: int, delta: Delta) -> None:
         self.output_tokens[index] += len(delta.token_ids)
         self._cached[index] = max(self._cached[index], delta.cached_tokens)
+        if delta.finish_reason is not None:
+            self.finish_reasons[index] = delta.finish_reason
+            if delta.trace is not None:
+                self.traces[index] = delta.trace
 
     @property
     def cached_tokens(self) -> int:
@@ -142,6 +149,10 @@ class Reply(Protocol):
         ...
 
 
+# How a request that generates is answered, for who logs it.
+REPLY: web.RequestKey[Reply] = web.RequestKey("reply", Reply)
+
+
 def generations(prompts: Sequence[Prompt], specs: Sequence[list[SamplingSpec]]) -> list[Generation]:
     """One sequence per prompt and child, in index order; `specs` holds the children of each."""
     return [
@@ -191,6 +202,7 @@ async def answer(
 
     Raises what fails before the first byte.
     """
+    request[REPLY] = reply
     deadline = Deadline(reply.job.timeout_s)
     fanout = Fanout(service, sequences)
     async with fanout as batches:

@@ -30,7 +30,7 @@ from tinfer.core.costs import CostModel
 from tinfer.core.scheduler import Scheduler
 from tinfer.core.types import Capacity, Role
 from tinfer.errors import NoWorker, StartError, TinferError
-from tinfer.master import report, transport
+from tinfer.master import logs, report, transport
 from tinfer.master.cores import CoreClaims
 from tinfer.master.event_log import EventLog
 from tinfer.master.front import Front, open_front
@@ -66,10 +66,7 @@ _EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 def run(config: ServeConfig) -> int:
     """Serve until a signal; returns the exit code. Raises `StartError` if it cannot start."""
-    logging.basicConfig(
-        level=logging.INFO if config.verbose else logging.WARNING,
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-    )
+    logs.set_up(config)
     # Workers whose import process dies become our children, so that their end can be reaped.
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     raise_descriptor_limit()
