@@ -353,7 +353,18 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         str | None,
         Meta(description="Write every scheduling event and decision to this file, to replay them."),
     ] = None
-    verbose: Annotated[bool, Meta(description="Log every request's way (never its text).")] = False
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        Meta(description="What the log has, from here up; info has a line for every request."),
+    ] = "warning"
+    log_format: Annotated[
+        Literal["text", "json"],
+        Meta(description="Of the log on standard error; json: one object per line."),
+    ] = "text"
+    verbose: Annotated[
+        bool,
+        Meta(description="--log-level info, and more in the workers' logs; never a text."),
+    ] = False
     engine: Annotated[
         Literal["vllm", "fake"],
         Meta(description="fake: no model, seeded nonsense at set speeds, to test the server."),

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from tinfer.api.service import Delta, Generation, ModelCard, Sink, Stream
@@ -109,6 +110,9 @@ class CannedService:
         self._arrivals: asyncio.Queue[CannedStream] = asyncio.Queue()
         self.health = (True, "ok")
         self.left: list[tuple[str, float]] = []
+        self.registry = CollectorRegistry()
+        self.count = Counter("canned", "What a test counts.", ["way"], registry=self.registry)
+        Gauge("canned_state", "Another family.", registry=self.registry).set(2)
 
     def submit(self, generation: Generation) -> Stream:
         index = len(self.streams)

@@ -14,7 +14,7 @@ from tinfer.client import AsyncClient, Unauthorized
 
 KEYS = ("sk-first-key", "sk-second-key")
 WITH_KEYS = {"api_keys": ApiKeys(KEYS)}
-OPEN = ["/health", "/ping", "/version"]
+OPEN = ["/health", "/ping", "/version", "/metrics"]
 GUARDED = [
     ("GET", "/v1/models"),
     ("GET", "/v1/models/tiny"),

@@ -174,7 +174,7 @@ async def test_the_other_endpoints_answer_as_described(
     name = "/v1/models/{name}"
     assert await ask(server, "GET", name, at="/v1/models/org/tiny") == 200
     assert await ask(server, "GET", name, at="/v1/models/no") == 404
-    silent = {"/v1/models", "/health", "/ping", "/version", "/openapi.json"}
+    silent = {"/v1/models", "/health", "/ping", "/version", "/openapi.json", "/metrics"}
     for path in (*silent, "/debug/ledger", "/debug/state"):
         assert await ask(server, "GET", path) == 200
     assert await ask(server, "POST", "/ping") == 200

@@ -110,7 +110,7 @@ def test_a_whole_batch_and_its_summary(server: Server, tmp_path: Path) -> None:
         assert result.keys() == {"id", "custom_id", "response", "error"}
         assert result["error"] is None and result["response"]["status_code"] == 200
         body = result["response"]["body"]
-        assert result["response"]["request_id"] == body["id"]
+        assert body["id"].endswith("-" + result["response"]["request_id"])
         is_chat = int(result["custom_id"][-2:]) % 2 == 0
         assert body["object"] == ("chat.completion" if is_chat else "text_completion")
     assert len({result["id"] for result in results}) == NUM_LINES

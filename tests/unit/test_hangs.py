@@ -31,7 +31,8 @@ class Box:
     pinged: list[Incarnation] = field(default_factory=list)
     killed: list[tuple[str, str]] = field(default_factory=list)
 
-    def end_worker(self, slot: Slot, reason: str) -> None:
+    def end_worker(self, slot: Slot, reason: str, cause: str) -> None:
+        assert cause == "hung"
         self.killed.append((slot.worker_id, reason))
 
     def watch(self, timeout_s: float) -> HangWatch:

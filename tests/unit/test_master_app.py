@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
@@ -36,10 +37,12 @@ class NoProcesses:
 
     def __init__(self, config: Any, placements: list[Any], *_: object) -> None:
         self.slots = {p.worker_id: WorkerSlot(p) for p in placements}
+        self.deaths: Counter[tuple[str, str]] = Counter()
         self.notes: set[str] = set()
         self.ended: dict[Incarnation, str] = {}
 
-    def end_worker(self, slot: WorkerSlot, reason: str) -> None:
+    def end_worker(self, slot: WorkerSlot, reason: str, cause: str) -> None:
+        assert cause == "nonsense"
         self.ended[slot.incarnation] = reason
 
     def start_imports(self) -> None:

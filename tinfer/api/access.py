@@ -21,8 +21,8 @@ from aiohttp.typedefs import Handler, Middleware
 from tinfer.api.keys import ApiKeys
 from tinfer.errors import Forbidden, Unauthorized
 
-# As in vLLM, whose checks of a server that lives show no key.
-OPEN = frozenset({"/health", "/ping", "/version", "/openapi.json"})
+# As in vLLM: what checks that a server lives, or watches it, shows no key.
+OPEN = frozenset({"/health", "/ping", "/version", "/openapi.json", "/metrics"})
 PRIVILEGED = ("/debug/", "/admin/")
 # What proxies add, in their own words or in those of RFC 7239 and RFC 9110.
 _PASSED_ON = ("Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Real-IP", "Via")

@@ -14,7 +14,7 @@ from tinfer.api.limits import MAX_REQUEST_ID_CHARS
 from tinfer.api.options import ApiOptions
 from tinfer.api.parsing import Parsers
 from tinfer.api.render import Prompt, Renderer
-from tinfer.api.responses import new_id
+from tinfer.api.request_log import ID_HEADER, id_of, note_id
 from tinfer.api.sampling import ModelLimits
 from tinfer.api.schemas import (
     Addressed,
@@ -30,7 +30,6 @@ from tinfer.api.trace import wants_trace
 from tinfer.errors import InvalidRequest, ModelNotFound
 
 MAX_SHOWN_CHARS = 256
-ID_HEADER = "X-Request-Id"
 
 RequestT = TypeVar("RequestT", bound=Addressed)
 SamplingT = TypeVar("SamplingT", bound=SamplingFields)
@@ -112,7 +111,8 @@ class Api:
         include_usage = usage is not None and bool(usage.include_usage)
         continuous = include_usage and usage is not None and bool(usage.continuous_usage_stats)
         as_ids = parsed.return_tokens_as_token_ids
-        own_id = _header_id(request) or parsed.request_id or new_id()
+        own_id = _header_id(request) or parsed.request_id or id_of(request)
+        note_id(request, own_id)
         if len(own_id) > MAX_REQUEST_ID_CHARS:
             message = f"takes at most {MAX_REQUEST_ID_CHARS} characters, got {len(own_id)}"
             raise InvalidRequest(message, param="request_id")

@@ -18,10 +18,11 @@ from aiohttp import web
 from msgspec import Struct, UnsetType
 
 from tinfer.api.access import OPEN, PRIVILEGED
-from tinfer.api.context import ID_HEADER, Api
+from tinfer.api.context import Api
 from tinfer.api.deadline import HEADER as TIMEOUT_HEADER
 from tinfer.api.fields import IGNORED_HEADER, REFUSED
 from tinfer.api.limits import MAX_N, MAX_STOP_STRINGS
+from tinfer.api.request_log import ID_HEADER
 from tinfer.api.responses import ChunkHead, ChunkTail, ErrorBody
 from tinfer.api.sampling import INT64_MAX, INT64_MIN
 from tinfer.api.schemas import (
@@ -121,7 +122,8 @@ _ASK_TRACE: Schema = {
 _OWN_ID: Schema = {
     "name": ID_HEADER,
     "in": "header",
-    "description": "Ends the answer's `id`; the body's `request_id` does where this is not sent.",
+    "description": "Comes back in the same header and ends the answer's `id`; the body's "
+    "`request_id` does where this is not sent.",
     "schema": {"type": "string"},
 }
 
@@ -137,8 +139,9 @@ class Endpoint(Struct, frozen=True, kw_only=True):
     """One route: what is called, and what a client has to know.
 
     `takes` is the struct that the body is decoded into; `gives` the type of the answer's JSON, None
-    for an empty body; `event` one choice of a stream's chunk, where the endpoint generates. Errors
-    are answered with an `ErrorBody`, those in `plain_errors` also in plain text.
+    for an empty body; `event` one choice of a stream's chunk, where the endpoint generates; `texts`
+    the media types of an answer that is text. Errors are answered with an `ErrorBody`, those in
+    `plain_errors` also in plain text.
     """
 
     method: str
@@ -149,6 +152,7 @@ class Endpoint(Struct, frozen=True, kw_only=True):
     gives: Any = None
     event: type[Struct] | None = None
     status: int = 200
+    texts: tuple[str, ...] = ()
     errors: tuple[int, ...] = ()
     plain_errors: tuple[int, ...] = ()
 
@@ -208,6 +212,8 @@ def _responses(endpoint: Endpoint) -> Schema:
     success: Schema = {"description": endpoint.summary}
     if endpoint.gives is not None:
         success["content"] = {"application/json": {"schema": _schema_of(endpoint.gives)}}
+    if endpoint.texts:
+        success["content"] = {kind: {"schema": {"type": "string"}} for kind in endpoint.texts}
     if endpoint.event is not None:
         success["content"]["text/event-stream"] = _stream(endpoint.event)
     if endpoint.takes is not None and issubclass(endpoint.takes, Addressed):

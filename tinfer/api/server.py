@@ -14,7 +14,7 @@ import msgspec
 from aiohttp import web
 from msgspec import Meta, Struct
 
-from tinfer.api import chat, completions, openapi, tokenize
+from tinfer.api import chat, completions, exposition, openapi, tokenize
 from tinfer.api.access import access_middleware
 from tinfer.api.connection import body_middleware
 from tinfer.api.context import Api
@@ -25,6 +25,7 @@ from tinfer.api.openapi import Endpoint
 from tinfer.api.options import ApiOptions
 from tinfer.api.parsing import Parsers
 from tinfer.api.render import Renderer
+from tinfer.api.request_log import log_middleware, show_id
 from tinfer.api.responses import (
     ChatCompletion,
     ChatDelta,
@@ -56,6 +57,7 @@ def create_app(
     api = Api(service, renderer, options, parsers)
     app = web.Application(
         middlewares=[
+            log_middleware,
             error_middleware,
             preflight_middleware(options.cors),
             access_middleware(options.api_keys),
@@ -63,6 +65,7 @@ def create_app(
         ],
         client_max_size=options.max_body_bytes,
     )
+    app.on_response_prepare.append(show_id)
     add_cors(app, options.cors)
     for endpoint in ENDPOINTS:
         handler = functools.partial(endpoint.handler, api)
@@ -241,6 +244,13 @@ ENDPOINTS = (
             plain_errors=(503,),
         )
         for method, path in (("GET", "/health"), ("GET", "/ping"), ("POST", "/ping"))
+    ),
+    Endpoint(
+        method="GET",
+        path="/metrics",
+        handler=exposition.handle,
+        summary="Metrics for Prometheus",
+        texts=exposition.MEDIA_TYPES,
     ),
     Endpoint(
         method="GET",

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any, Literal, Protocol
 
 from msgspec import Struct
+from prometheus_client import CollectorRegistry
 
 from tinfer.api.trace import Trace
 from tinfer.core.sampling import SamplingSpec, TokenLogprobs
@@ -16,11 +17,14 @@ from tinfer.core.types import Role, Route
 
 
 class Generation(Struct, frozen=True):
-    """One sequence to generate: a prompt as token ids and how to sample its answer."""
+    """One sequence to generate: a prompt as token ids and how to sample its answer, which is number
+    `child` of the `n` answers that its client wants to this prompt."""
 
     prompt_token_ids: list[int]
     sampling: SamplingSpec
     route: Route | None = None
+    n: int = 1
+    child: int = 0
 
 
 class Delta(Struct):
@@ -83,6 +87,11 @@ class Service(Protocol):
 
     @property
     def model(self) -> ModelCard: ...
+
+    @property
+    def registry(self) -> CollectorRegistry:
+        """What `/metrics` shows; collected on the loop."""
+        ...
 
     def submit(self, generation: Generation) -> Stream:
         """Accept a sequence. Raises `Overloaded` or `NoWorker` when it cannot be taken."""

@@ -77,11 +77,18 @@ class Counter:
         self._cached = [0] * job.num_answers
         # Per answer, where a parser counts them.
         self.reasoning_tokens: list[int] | None = None
+        # Of the answers that are over, by index.
+        self.finish_reasons: dict[int, str] = {}
+        self.traces: dict[int, Trace] = {}
         self.output_tokens = [0] * job.num_answers
 
     def add(self, index: int, delta: Delta) -> None:
         self.output_tokens[index] += len(delta.token_ids)
         self._cached[index] = max(self._cached[index], delta.cached_tokens)
+        if delta.finish_reason is not None:
+            self.finish_reasons[index] = delta.finish_reason
+            if delta.trace is not None:
+                self.traces[index] = delta.trace
 
     @property
     def cached_tokens(self) -> int:
@@ -155,12 +162,16 @@ class Reply(Protocol):
         ...
 
 
+# How a request that generates is answered, for who logs it.
+REPLY: web.RequestKey[Reply] = web.RequestKey("reply", Reply)
+
+
 def generations(prompts: Sequence[Prompt], specs: Sequence[list[SamplingSpec]]) -> list[Generation]:
     """One sequence per prompt and child, in index order; `specs` holds the children of each."""
     return [
-        Generation(prompt_token_ids=prompt.token_ids, sampling=spec)
+        Generation(prompt.token_ids, spec, n=len(children), child=child)
         for prompt, children in zip(prompts, specs, strict=True)
-        for spec in children
+        for child, spec in enumerate(children)
     ]
 
 
@@ -204,6 +215,7 @@ async def answer(
 
     Raises what fails before the first byte.
     """
+    request[REPLY] = reply
     deadline = Deadline(reply.job.timeout_s)
     fanout = Fanout(service, sequences)
     async with fanout as batches:

@@ -311,12 +311,14 @@ class Fail(Struct, tag=True, frozen=True):
     """Answer the client with an error; `cause` is `worker-lost` (each of several workers died with
     it), `no-worker`, `queue-full` or `slo` (it would be answered too late). `retry_after_s` is when
     it would be taken: when the queue will be half as long, at the pace at which requests have
-    lately left it, or when it would be in time; 0 where nothing is known of that."""
+    lately left it, or when it would be in time; 0 where nothing is known of that. `limit` is the
+    option that a full queue goes by."""
 
     request_id: str
     cause: str
     message: str
     retry_after_s: float = 0.0
+    limit: str = ""
 
 
 Action = (

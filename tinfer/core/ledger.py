@@ -9,6 +9,7 @@ is seen dead.
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from dataclasses import dataclass
 
 from tinfer.core.types import LeaseKey
@@ -59,6 +60,11 @@ class Ledger:
     @property
     def num_pulls(self) -> int:
         return len(self._pulls)
+
+    def num_by_owner(self) -> dict[tuple[str, str], int]:
+        """Open leases by the owner's worker_id and their state, where there are any."""
+        leases = self._leases.values()
+        return dict(Counter((one.owner.id, one.state.value) for one in leases))
 
     def get(self, key: LeaseKey) -> Lease | None:
         """The open lease of that key."""

@@ -53,6 +53,18 @@ class Lengths(Struct, frozen=True, dict=True):
             return float(generated_tokens >= tokens)
         return (len(left) - bisect_right(left, tokens)) / len(left)
 
+    def quantile(self, rank: float) -> float:
+        """Of all lengths, each in the middle of its share; linear between them."""
+        place = min(max(rank * len(self.points) - 0.5, 0.0), len(self.points) - 1.0)
+        index = int(place)
+        low = self.points[index]
+        high = self.points[min(index + 1, len(self.points) - 1)]
+        return low + (place - index) * (high - low)
+
+    def interval(self, share: float) -> tuple[float, float]:
+        """The central interval that holds so much of them."""
+        return self.quantile(0.5 - share / 2), self.quantile(0.5 + share / 2)
+
     @property
     def low(self) -> int:
         """The lower end, which is what the paper's reserve modes count with."""

@@ -105,6 +105,10 @@ class Scheduler:
             zombies=self._requests.num_zombies,
         )
 
+    def leases_by_owner(self) -> dict[tuple[str, str], int]:
+        """Open leases by the owner's worker_id and their state."""
+        return self._ledger.num_by_owner()
+
     def workers_snapshot(self) -> list[WorkerSnapshot]:
         """Every live incarnation, by `worker_id`."""
         return [worker.snapshot() for worker in self._fleet.workers]
@@ -160,10 +164,11 @@ class Scheduler:
     def _arrived(self, event: ev.Arrived, now_s: float) -> None:
         if not self._fleet.workers:
             return self._refuse(event.request_id, "no-worker", "no worker is up")
-        if self._is_full(event.prompt_tokens):
+        if limit := self._full(event.prompt_tokens):
             message = "too many requests are waiting"
             wait_s = self._half_a_queue_s(now_s)
-            return self._actions.append(ev.Fail(event.request_id, "queue-full", message, wait_s))
+            fail = ev.Fail(event.request_id, "queue-full", message, wait_s, limit)
+            return self._actions.append(fail)
         wish = wish_of(event.route or self._policies.wish, event.max_output_tokens)
         request = Request(
             id=event.request_id,
@@ -186,16 +191,17 @@ class Scheduler:
         self._num_arrived += 1
         self._queues[request.wish].add(request, now_s)
 
-    def _is_full(self, prompt_tokens: int) -> bool:
-        """Whether the queue has no room for such a prompt; one that is longer than all of the room
-        is taken when nothing else waits."""
+    def _full(self, prompt_tokens: int) -> str:
+        """The limit of the queue that leaves no room for such a prompt, "" if it has room; one that
+        is longer than all of the room is taken when nothing else waits."""
         num_queued = self._num_queued()
         if num_queued >= self._max_num_queued_reqs:
-            return True
+            return "max_num_queued_reqs"
         limit_tokens = self._max_num_queued_tokens
         if limit_tokens is None or not num_queued:
-            return False
-        return self._requests.num_queued_tokens + prompt_tokens > limit_tokens
+            return ""
+        is_over = self._requests.num_queued_tokens + prompt_tokens > limit_tokens
+        return "max_num_queued_tokens" if is_over else ""
 
     def _queue_view(self, now_s: float) -> QueueView:
         if not self._promises.are_made:

@@ -28,7 +28,7 @@ from tinfer.core.costs import CostModel
 from tinfer.core.scheduler import Scheduler
 from tinfer.core.types import Capacity, Role
 from tinfer.errors import NoWorker, StartError, TinferError
-from tinfer.master import report, transport
+from tinfer.master import logs, report, transport
 from tinfer.master.cores import CoreClaims
 from tinfer.master.event_log import EventLog
 from tinfer.master.front import Front, api_options, open_front
@@ -65,10 +65,7 @@ _EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 def run(config: ServeConfig) -> int:
     """Serve until a signal; returns the exit code. Raises `StartError` if it cannot start."""
-    logging.basicConfig(
-        level=logging.INFO if config.verbose else logging.WARNING,
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-    )
+    logs.set_up(config)
     # Workers whose import process dies become our children, so that their end can be reaped.
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     raise_descriptor_limit()
@@ -251,7 +248,8 @@ class Server:
         except Exception as error:
             # What does not add up must not stay: its requests go on elsewhere once it is dead.
             log.exception("what %s.%d says makes no sense", *sender)
-            self._supervisor.end_worker(slot, f"said what makes no sense: {error!r}")
+            reason = f"said what makes no sense: {error!r}"
+            self._supervisor.end_worker(slot, reason, "nonsense")
 
     def _worker_up(self, slot: WorkerSlot) -> None:
         ready = slot.ready

@@ -26,11 +26,12 @@ class Attempt(Struct):
 
     `text_before` is the length of the text that stands for those moved: what a worker says of text
     comes after it. Not known (None) until the last forced token is out, since the text that the
-    client has ends there.
+    client has ends there. `num_decodes` workers were told to pull its blocks and decode.
     """
 
     num_moved: int = 0
     text_before: int | None = 0
+    num_decodes: int = 0
 
 
 def is_exact(sampling: SamplingSpec) -> bool:

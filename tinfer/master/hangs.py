@@ -54,7 +54,8 @@ class HangWatch:
             if num == 0:
                 self._send(who, Ping())
             elif num * self._every_s >= self._timeout_s:
-                self._supervisor.end_worker(slot, f"hung: no step ended in {self._timeout_s:g} s")
+                reason = f"hung: no step ended in {self._timeout_s:g} s"
+                self._supervisor.end_worker(slot, reason, "hung")
             self._num_looks[who] = num + 1
 
     def answered(self, who: Incarnation) -> None:

@@ -19,6 +19,8 @@ class LagMeter:
     def __init__(self, is_busy: Callable[[], bool]) -> None:
         self._is_busy = is_busy
         self.counts = [0] * (len(BOUNDS_S) + 1)
+        # Of all turns; one that is early is not late.
+        self.total_s = 0.0
 
     async def run(self) -> None:
         """Never returns."""
@@ -31,3 +33,4 @@ class LagMeter:
     def add(self, lag_s: float) -> None:
         """Count one turn."""
         self.counts[bisect_left(BOUNDS_S, lag_s)] += 1
+        self.total_s += max(0.0, lag_s)

@@ -9,7 +9,9 @@ from msgspec import Struct
 from tinfer.api.service import Delta, Generation
 from tinfer.api.trace import Trace
 from tinfer.clock import Clock
+from tinfer.core.lengths import Lengths
 from tinfer.master.attempts import Attempt, text_before
+from tinfer.master.metrics.tally import Tally
 from tinfer.master.streams import RequestStream
 from tinfer.master.timeline import Timeline
 from tinfer.predict.asked import Asked
@@ -20,8 +22,8 @@ from tinfer.wire.links import Incarnation
 class LiveRequest(Struct):
     """One accepted request, from submit until every worker has let go of it. `prompt` and
     `emitted` are int32 token ids; `source` is where its blocks were or will be read from last;
-    `asked` what the length predictor was asked, until it is told of the end; `finish_reason` the
-    engine's word of it."""
+    `asked` what the length predictor was asked, until it is told of the end, and `lengths` what it
+    said; `finish_reason` the engine's word of the end."""
 
     generation: Generation
     prompt: bytes
@@ -34,12 +36,18 @@ class LiveRequest(Struct):
     cached_tokens: int = 0
     source: wire.Source | None = None
     asked: Asked | None = None
+    lengths: Lengths | None = None
+    last_token_s: float = 0.0
+    num_preempted: int = 0
     finish_reason: str | None = None
     workers: set[Incarnation] = set()  # those with a part in it; ended and empty, it is forgotten
 
 
-def deliver(live: LiveRequest, output: wire.Output, clock: Clock) -> None:
-    """Push what the client lacks of an output."""
+def deliver(
+    live: LiveRequest, output: wire.Output, step_s: float, clock: Clock, tally: Tally
+) -> None:
+    """Push what the client lacks of an output, and count it. `step_s` is when the message that
+    brought it was taken in; only the first and the last token have a moment of their own."""
     live.finish_reason = output.finish_reason
     num_tokens = live.attempt.num_moved + output.num_output_tokens
     has = (live.delivered_tokens, live.delivered_text_len)
@@ -50,13 +58,22 @@ def deliver(live: LiveRequest, output: wire.Output, clock: Clock) -> None:
     if num_new <= 0 and len_new <= 0 and output.finish_reason is None:
         return
     first = live.delivered_tokens == 0
-    if first and num_new > 0:
-        live.timeline.has_token(clock.now_s())
     if num_new > 0:
+        if first:
+            _has_token(live, num_new, clock.now_s(), tally)
+        elif not live.stream.ended:
+            tally.delivered(num_new, step_s - live.last_token_s)
+        live.last_token_s = step_s
         live.emitted.extend(output.token_ids[-num_new:])
     live.delivered_tokens = max(live.delivered_tokens, num_tokens)
     live.delivered_text_len = max(live.delivered_text_len, text_len)
     logprobs = output.logprobs
+    trace = None
+    if output.finish_reason is not None:
+        trace = _trace(live, clock.now_s())
+        if not live.stream.ended:
+            sampling = live.generation.sampling
+            tally.answered(output.finish_reason, trace, sampling, live.lengths, live.num_preempted)
     live.stream.push(
         Delta(
             text=output.text[-len_new:] if len_new > 0 else "",
@@ -66,9 +83,18 @@ def deliver(live: LiveRequest, output: wire.Output, clock: Clock) -> None:
             finish_reason=output.finish_reason,
             stop_reason=output.stop_reason,
             cached_tokens=live.cached_tokens,
-            trace=None if output.finish_reason is None else _trace(live, clock.now_s()),
+            trace=trace,
         )
     )
+
+
+def _has_token(live: LiveRequest, num_new: int, now_s: float, tally: Tally) -> None:
+    live.timeline.has_token(now_s)
+    if not live.stream.ended:
+        generation, ttft_s = live.generation, now_s - live.timeline.arrived_s
+        prompt_tokens = len(generation.prompt_token_ids)
+        tally.output_tokens += num_new
+        tally.first_token(ttft_s, generation.sampling, prompt_tokens, live.cached_tokens)
 
 
 def _trace(live: LiveRequest, now_s: float) -> Trace:

@@ -32,6 +32,7 @@ from tinfer.errors import (
 from tinfer.master.attempts import Attempt, next_attempt, remainder, to_start
 from tinfer.master.event_log import EventLog
 from tinfer.master.live import LiveRequest, deliver
+from tinfer.master.metrics.tally import ResumeForm, Tally
 from tinfer.master.prediction import Prediction
 from tinfer.master.scheduling import block_hashes
 from tinfer.master.streams import RequestStream
@@ -79,6 +80,7 @@ class Dispatcher:
         # Prefills of what a preempted request had, by the scheduler's id for them.
         self._reprefills: dict[str, tuple[str, Incarnation]] = {}
         self.stats: dict[Incarnation, wire.WorkerStats] = {}
+        self.tally = Tally()
         self.num_finished = 0
         # Starts of requests that had been started before, on a worker that died.
         self.num_restarts = 0
@@ -92,14 +94,22 @@ class Dispatcher:
         timeline = Timeline(self._clock.now_s())
         prompt = array("i", prompt_ids).tobytes()
         asked = self._prediction.asked(request_id, generation, prompt)
-        self._live[request_id] = LiveRequest(
-            generation, prompt, array("i"), stream, timeline, Attempt(), asked=asked
-        )
         arrived = self._arrival(asked, generation, prompt)
+        self._live[request_id] = LiveRequest(
+            generation,
+            prompt,
+            array("i"),
+            stream,
+            timeline,
+            Attempt(),
+            asked=asked,
+            lengths=arrived.lengths,
+        )
         refusal = self._post(arrived, refusing=request_id)
         if refusal is not None:
             self._live.pop(request_id, None)
             raise refusal
+        self.tally.accepted(generation)
         return stream
 
     def _arrival(self, asked: Asked, generation: Generation, prompt: bytes) -> events.Arrived:
@@ -119,6 +129,7 @@ class Dispatcher:
             self._post(events.Tick())
 
     def _cancelled(self, request_id: str) -> None:
+        self.tally.left()
         self._post(events.Cancelled(request_id))
         self._forget_if_over(request_id)
 
@@ -139,7 +150,7 @@ class Dispatcher:
     def fail_all(self, error: TinferError) -> None:
         """End every stream with an error, at the end of a shutdown that could not wait longer."""
         for live in list(self._live.values()):
-            live.stream.fail(error)
+            self._end(live, error, "stopping")
             self._prediction.over(live)
 
     # --- workers ------------------------------------------------------------------------------
@@ -179,7 +190,7 @@ class Dispatcher:
 
     def _bereave(self, dead: Incarnation) -> None:
         """Forget what only a dead worker still had a part in."""
-        self.stats.pop(dead, None)
+        self.tally.bereaved(dead.worker_id, self.stats.pop(dead, None))
         for prefill_id, (_, worker) in list(self._reprefills.items()):
             if worker == dead:
                 del self._reprefills[prefill_id]
@@ -192,10 +203,14 @@ class Dispatcher:
         match message:
             case wire.Step(outputs, stats):
                 self.stats[sender] = stats
+                for request_id in message.preempted:
+                    if (live := self._live.get(request_id)) is not None:
+                        live.num_preempted += 1
+                step_s = self._clock.now_s()
                 self._post(_stepped(sender, message))
                 for output in outputs:
                     if self._may_speak(sender, output.request_id):
-                        self._output(sender, output)
+                        self._output(sender, output, step_s)
             case wire.PullDone():
                 self._pull_done(sender, message)
             case wire.LeasesEnded(leases, stats):
@@ -227,7 +242,7 @@ class Dispatcher:
         log.error("%s.%d has no part in %s, of which it speaks", *worker, request_id)
         return False
 
-    def _output(self, sender: Incarnation, output: wire.Output) -> None:
+    def _output(self, sender: Incarnation, output: wire.Output, step_s: float) -> None:
         request_id = output.request_id
         if request_id in self._reprefills:
             return self._reprefilled(sender, output)
@@ -236,9 +251,9 @@ class Dispatcher:
             if output.cached_tokens is not None and live.delivered_tokens == 0:
                 live.cached_tokens = output.cached_tokens
             if output.finish_reason == "error":
-                live.stream.fail(EngineFailed("the engine failed on this request"))
+                self._end(live, EngineFailed("the engine failed on this request"), "engine")
             else:
-                deliver(live, output, self._clock)
+                deliver(live, output, step_s, self._clock, self.tally)
         source = output.source
         if output.finish_reason is not None:
             self._left(sender, request_id, answered=output.finish_reason != "error")
@@ -272,8 +287,9 @@ class Dispatcher:
 
     def _pull_done(self, sender: Incarnation, message: wire.PullDone) -> None:
         live = self._live.get(message.request_id)
-        if live is not None:
-            live.timeline.pulled(message, self._clock.now_s())
+        if live is not None and live.timeline.pulled(message, self._clock.now_s()):
+            handoff_s = live.timeline.handoff_s
+            self.tally.handed_off(message.ok, handoff_s, message.copy_s, message.num_bytes)
         if not message.ok:
             log.warning("pull of %s failed: %s", message.request_id, message.reason)
         if live is not None and live.source is not None:
@@ -285,7 +301,7 @@ class Dispatcher:
         live = self._live.get(message.request_id)
         if live is not None:
             fault = InvalidRequest if message.client_fault else EngineFailed
-            live.stream.fail(fault(message.message))
+            self._end(live, fault(message.message), "refused")
         self._left(sender, message.request_id, answered=False, refused=True)
 
     def _left(
@@ -321,8 +337,9 @@ class Dispatcher:
                 error = _error_of(action)
                 if action.request_id == refusing:
                     refusal = error
+                    self.tally.refuse(action.cause, action.limit)
                 else:
-                    self._fail(action.request_id, error)
+                    self._fail(action.request_id, error, action.cause)
             else:
                 self._carry_out(action)
         return refusal
@@ -347,6 +364,7 @@ class Dispatcher:
             case events.RoleChanged(worker_id, _, role, reason):
                 log.info("worker %s is a %s worker now: %s", worker_id, role.value, reason)
                 self.changed_roles[worker_id] = role
+                self.tally.role_changed(worker_id, role)
             case events.RoleRefused(_, _, reason):
                 self._refused_role = reason
             case events.Drained(worker_id, generation):
@@ -369,6 +387,7 @@ class Dispatcher:
         if not decode:
             live.attempt = next_attempt(sampling, len(live.emitted))
             self.num_restarts += live.timeline.num_starts > 1
+        self._count_start(live, kind)
         prompt, forced_tokens, sampling = to_start(
             live.attempt, live.prompt, live.emitted, sampling
         )
@@ -383,6 +402,20 @@ class Dispatcher:
         )
         self._send(worker, start)
 
+    def _count_start(self, live: LiveRequest, kind: StartKind) -> None:
+        attempt = live.attempt
+        if kind == "decode":
+            attempt.num_decodes += 1
+            form: ResumeForm = "blocks"
+            is_again = attempt.num_decodes > 1
+        else:
+            form = "prompt" if attempt.num_moved else "replay" if live.emitted else "fresh"
+            is_again = live.timeline.num_starts > 1
+        if is_again:
+            self.tally.resumed[form] += 1
+        elif kind != "decode":
+            self.tally.routed["whole" if kind == "whole" else "split"] += 1
+
     def _start_reprefill(self, action: events.StartReprefill) -> None:
         live = self._live[action.request_id]
         worker = Incarnation(action.worker_id, action.generation)
@@ -390,11 +423,17 @@ class Dispatcher:
         tokens = live.prompt + live.emitted.tobytes()
         self._send(worker, wire.Start(action.prefill_id, "prefill", tokens, NO_ANSWER))
 
-    def _fail(self, request_id: str, error: TinferError) -> None:
+    def _end(self, live: LiveRequest, error: TinferError, reason: str) -> None:
+        """End its stream with an error, unless it has ended."""
+        if not live.stream.ended:
+            self.tally.failed_with(reason)
+        live.stream.fail(error)
+
+    def _fail(self, request_id: str, error: TinferError, cause: str) -> None:
         """The scheduler has given the request up: the worker that had it is dead or never was."""
         live = self._live.pop(request_id, None)
         if live is not None:
-            live.stream.fail(error)
+            self._end(live, error, cause)
             self._prediction.over(live)
             self.num_finished += 1
 

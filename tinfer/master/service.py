@@ -16,6 +16,7 @@ from tinfer.errors import InvalidRequest, NoWorker
 from tinfer.master.holdings import holdings
 from tinfer.master.lag import BOUNDS_S, LagMeter
 from tinfer.master.loop import Dispatcher
+from tinfer.master.metrics.collector import Sources, registry_of
 from tinfer.master.rolling import Rolling
 from tinfer.master.supervisor import Life, Supervisor
 from tinfer.wire.links import Incarnation
@@ -55,6 +56,17 @@ class MasterService:
         self._prefix = secrets.token_hex(4)
         self._numbers = itertools.count()
         self.mood = Mood.STARTING
+        self.registry = registry_of(
+            Sources(
+                dispatcher,
+                scheduler,
+                supervisor,
+                lag,
+                model.names[0],
+                model.max_model_len,
+                lambda: self.healthy()[0],
+            )
+        )
 
     @property
     def model(self) -> ModelCard:
@@ -67,6 +79,7 @@ class MasterService:
 
     def submit(self, generation: Generation) -> Stream:
         if self.mood is not Mood.SERVING:
+            self._dispatcher.tally.refuse(self.mood.value)
             raise NoWorker(f"the server is {self.mood.value}")
         request_id = f"{self._prefix}-{next(self._numbers)}"
         return self._dispatcher.submit(request_id, generation)

@@ -22,18 +22,15 @@ class RequestStream:
         self._on_cancel = on_cancel
         self._pending: Delta | None = None
         self._error: TinferError | None = None
-        self._ended = False
+        # Whether a finish reason or an error has been pushed, or the stream was cancelled; asked
+        # for with every token, so no property.
+        self.ended = False
         self._waiter: asyncio.Future[None] | None = None
         self._sink: Sink | None = None
 
     @property
     def request_id(self) -> str:
         return self._request_id
-
-    @property
-    def ended(self) -> bool:
-        """Whether a finish reason or an error has been pushed, or the stream was cancelled."""
-        return self._ended
 
     @property
     def has_failed(self) -> bool:
@@ -44,7 +41,7 @@ class RequestStream:
 
     def push(self, delta: Delta) -> None:
         """Add what is new, and take ownership of it; a `finish_reason` ends the stream."""
-        if self._ended:
+        if self.ended:
             return
         if self._pending is None:
             if self._sink is not None and delta.finish_reason is None and self._sink(delta):
@@ -52,15 +49,15 @@ class RequestStream:
             self._pending = delta
         else:
             merge(self._pending, delta)
-        self._ended = delta.finish_reason is not None
+        self.ended = delta.finish_reason is not None
         self._wake()
 
     def fail(self, error: TinferError) -> None:
         """End the stream with an error, after what is already pending."""
-        if self._ended:
+        if self.ended:
             return
         self._error = error
-        self._ended = True
+        self.ended = True
         self._wake()
 
     def _wake(self) -> None:
@@ -76,7 +73,7 @@ class RequestStream:
                 yield delta
             elif self._error is not None:
                 raise self._error
-            elif self._ended:
+            elif self.ended:
                 return
             else:
                 self._waiter = asyncio.get_running_loop().create_future()
@@ -89,9 +86,9 @@ class RequestStream:
         self._sink = sink
 
     def cancel(self) -> None:
-        if self._ended:
+        if self.ended:
             return
-        self._ended = True
+        self.ended = True
         self._pending = None
         self._wake()
         self._on_cancel(self._request_id)

@@ -11,6 +11,7 @@ import enum
 import logging
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -45,6 +46,10 @@ class Life(enum.Enum):
 
 
 Leaves = Literal["drain", "restart"]
+# What ended an incarnation that was not asked to leave. `signal` and `exit`: its process ended,
+# killed from outside or by itself; `fault`: its own word; `hung` and `nonsense`: the master killed
+# it for that; `start`: it was not ready in time; `unknown`: the exit status had not come.
+Cause = Literal["signal", "exit", "fault", "hung", "nonsense", "start", "unknown"]
 
 
 class WorkerSlot:
@@ -60,6 +65,7 @@ class WorkerSlot:
         self.num_failures = 0
         self.num_restarts = 0
         self.reason = ""
+        self.cause: Cause = "unknown"
         self.has_said_why = False  # the reason is the worker's own word, not just how it ended
         # Someone wants it stopped, once it is empty, and then started again or not.
         self.leaves: Leaves | None = None
@@ -112,6 +118,8 @@ class Supervisor:
         self.import_s: float | None = None
         self.notes: set[str] = set()
         self.slots = {p.worker_id: WorkerSlot(p) for p in placements}
+        # By worker and cause, since the start.
+        self.deaths: Counter[tuple[str, Cause]] = Counter()
 
     # --- starting -----------------------------------------------------------------------------
 
@@ -136,7 +144,7 @@ class Supervisor:
             return
         slot.generation += 1
         slot.life = Life.STARTING
-        slot.reason, slot.has_said_why = "", False
+        slot.reason, slot.has_said_why, slot.cause = "", False, "unknown"
         slot.pid = None
         spec = worker_spec(
             self._config,
@@ -153,7 +161,7 @@ class Supervisor:
         self._on_change()
 
     def _start_too_slow(self, slot: WorkerSlot) -> None:
-        slot.reason = f"not ready after {self._config.start_timeout:g} s"
+        slot.reason, slot.cause = f"not ready after {self._config.start_timeout:g} s", "start"
         if slot.pidfd >= 0:
             self._kill(slot)
         else:
@@ -216,6 +224,7 @@ class Supervisor:
         for slot in self.slots.values():
             if slot.pid == pid and not slot.reason:
                 slot.reason = _exit_reason(status)
+                slot.cause = "signal" if status < 0 else "exit"
 
     def _zygote_gone(self) -> None:
         """Workers are unharmed: the master becomes their parent (it is a subreaper). A zygote that
@@ -263,12 +272,12 @@ class Supervisor:
         """`CannotStart` or `Fault`; the exit that ends the incarnation follows."""
         slot = self.slots.get(sender.worker_id)
         if slot is not None and slot.incarnation == sender:
-            slot.reason, slot.has_said_why = reason, True
+            slot.reason, slot.has_said_why, slot.cause = reason, True, "fault"
 
-    def end_worker(self, slot: WorkerSlot, reason: str) -> None:
+    def end_worker(self, slot: WorkerSlot, reason: str, cause: Cause) -> None:
         """Kill a worker that lives and can not be used; its death follows."""
         if slot.life is Life.READY and not slot.has_said_why:
-            slot.reason, slot.has_said_why = reason, True
+            slot.reason, slot.has_said_why, slot.cause = reason, True, cause
             self._kill(slot)
 
     # --- deaths -------------------------------------------------------------------------------
@@ -298,6 +307,7 @@ class Supervisor:
             return
         if slot.leaves is not None:
             return self._left(slot)
+        self.deaths[slot.placement.worker_id, slot.cause] += 1
         never_served = slot.num_restarts == 0 and slot.ready is None
         # A worker that never served ends the start, and its reason is what the user is told then.
         level = logging.INFO if never_served else logging.ERROR

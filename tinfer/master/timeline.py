@@ -46,12 +46,20 @@ class Timeline(Struct):
         if self.first_token_s is None:
             self.first_token_s = now_s
 
-    def pulled(self, pull: wire.PullDone, now_s: float) -> None:
+    def pulled(self, pull: wire.PullDone, now_s: float) -> bool:
         """The decode worker has the blocks, or knows that it will not get them. What is pulled
-        later, or into a worker that did both phases, was lost there and is no hand-off."""
-        if self.route == "split" and self.pull is None:
-            self.pull = pull
-            self.installed_s = now_s
+        later, or into a worker that did both phases, was lost there and is no hand-off: False."""
+        if self.route != "split" or self.pull is not None:
+            return False
+        self.pull = pull
+        self.installed_s = now_s
+        return True
+
+    @property
+    def handoff_s(self) -> float | None:
+        """From the first token until its blocks were on the decode worker."""
+        ok = self.pull is not None and self.pull.ok
+        return _between(self.first_token_s, self.installed_s if ok else None)
 
     def trace(
         self,
@@ -76,7 +84,7 @@ class Timeline(Struct):
             queue_s=_between(self.arrived_s, self.started_s),
             prefill_s=_between(self.started_s, self.first_token_s),
             ttft_s=_between(self.arrived_s, self.first_token_s),
-            handoff_s=_between(self.first_token_s, self.installed_s if pull else None),
+            handoff_s=self.handoff_s,
             copy_s=round(pull.copy_s, NUM_DIGITS) if pull else None,
             handoff_bytes=pull.num_bytes if pull else None,
             recomputed=self.pull is not None and not self.pull.ok,
