@@ -53,6 +53,15 @@ class Lengths(Struct, frozen=True, dict=True):
             return float(generated_tokens >= tokens)
         return (len(left) - bisect_right(left, tokens)) / len(left)
 
+    def quantile(self, rank: float) -> float:
+        """The length that a share of `rank` is below: each point is in the middle of its share, and
+        between two of them it is linear."""
+        place = min(len(self.points) - 1.0, max(0.0, rank * len(self.points) - 0.5))
+        below = int(place)
+        above = min(below + 1, len(self.points) - 1)
+        low, high = self.points[below], self.points[above]
+        return low + (place - below) * (high - low)
+
     @property
     def low(self) -> int:
         """The lower end, which is what the paper's reserve modes count with."""

@@ -7,8 +7,9 @@ from array import array
 from msgspec import Struct
 
 from tinfer.api.service import Delta, Generation
-from tinfer.api.trace import Trace
+from tinfer.api.trace import Predicted, Trace
 from tinfer.clock import Clock
+from tinfer.core.lengths import Lengths
 from tinfer.master.attempts import Attempt, text_before
 from tinfer.master.streams import RequestStream
 from tinfer.master.timeline import Timeline
@@ -20,8 +21,9 @@ from tinfer.wire.links import Incarnation
 class LiveRequest(Struct):
     """One accepted request, from submit until every worker has let go of it. `prompt` and
     `emitted` are int32 token ids; `source` is where its blocks were or will be read from last;
-    `asked` what the length predictor was asked, until it is told of the end; `finish_reason` the
-    engine's word of it."""
+    `asked` what the length predictor was asked, `unhinted` what it said, and `lengths` that with the
+    client's own word in it, `prediction` as it is told; `finish_reason` is the engine's word of the
+    end, and `is_counted` whether predictor and request log know of it."""
 
     generation: Generation
     prompt: bytes
@@ -29,11 +31,15 @@ class LiveRequest(Struct):
     stream: RequestStream
     timeline: Timeline
     attempt: Attempt
+    asked: Asked
+    unhinted: Lengths
+    lengths: Lengths
+    prediction: Predicted
+    is_counted: bool = False
     delivered_tokens: int = 0
     delivered_text_len: int = 0
     cached_tokens: int = 0
     source: wire.Source | None = None
-    asked: Asked | None = None
     finish_reason: str | None = None
     workers: set[Incarnation] = set()  # those with a part in it; ended and empty, it is forgotten
 
@@ -56,6 +62,8 @@ def deliver(live: LiveRequest, output: wire.Output, clock: Clock) -> None:
         live.emitted.extend(output.token_ids[-num_new:])
     live.delivered_tokens = max(live.delivered_tokens, num_tokens)
     live.delivered_text_len = max(live.delivered_text_len, text_len)
+    if output.finish_reason is not None:
+        live.timeline.ended(clock.now_s())
     logprobs = output.logprobs
     live.stream.push(
         Delta(
@@ -66,16 +74,18 @@ def deliver(live: LiveRequest, output: wire.Output, clock: Clock) -> None:
             finish_reason=output.finish_reason,
             stop_reason=output.stop_reason,
             cached_tokens=live.cached_tokens,
-            trace=None if output.finish_reason is None else _trace(live, clock.now_s()),
+            trace=None if output.finish_reason is None else trace_of(live, clock.now_s()),
         )
     )
 
 
-def _trace(live: LiveRequest, now_s: float) -> Trace:
+def trace_of(live: LiveRequest, now_s: float) -> Trace:
+    """How it was served, for one whose last token came at `now_s`."""
     return live.timeline.trace(
         live.stream.request_id,
         len(live.generation.prompt_token_ids),
         live.cached_tokens,
         live.delivered_tokens,
         now_s,
+        live.prediction,
     )

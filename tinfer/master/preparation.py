@@ -19,6 +19,7 @@ from tinfer.master.hub_fetch import fetch
 from tinfer.master.limits import client_descriptors, raise_descriptor_limit
 from tinfer.master.plan import Decision, Plan
 from tinfer.master.predictor_state import check_state_option
+from tinfer.master.request_log import check_request_log_options
 from tinfer.master.tuned import stored_tuning
 
 
@@ -58,6 +59,7 @@ def _decide(config: ServeConfig, claims: CoreClaims) -> tuple[ServeConfig, Decis
     if config.event_log is not None:
         check_writable(Path(config.event_log))
     check_state_option(config)
+    check_request_log_options(config)
     around = plan.look_around(config, claims)
     decision = plan.decide(config, around)
     tuning = stored_tuning(config, decision, around.gpus)
