@@ -18,7 +18,8 @@ from tinfer.errors import EngineFailed, NoWorker, Overloaded, StartError
 from tinfer.master.predictor_state import PredictorState, check_state_option
 from tinfer.master.scheduling import predictor_of
 from tinfer.predict.asked import Asked, End, Features
-from tinfer.predict.features import features_of_tokens, hashed
+from tinfer.predict.features import features_of_tokens
+from tinfer.predict.hashes import hashed
 from tinfer.predict.online import OnlinePredictor
 from tinfer.predict.online_state import to_bytes
 from tinfer.predict.predictors import MaxTokens

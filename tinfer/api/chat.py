@@ -63,7 +63,7 @@ async def handle(api: Api, request: web.Request) -> web.StreamResponse:
     spec = sampling.fit(base, len(prompt.token_ids), asked, limits, "messages", param)
     job = api.job(request, parsed, "chatcmpl", [prompt], num_logprobs)
     reply = ChatReply(job, _role(api, parsed), bool(parsed.return_prompt_text))
-    sequences = generations([prompt], [sampling.children(spec, job.n)])
+    sequences = generations(job, [sampling.children(spec, job.n)])
     return await answer(request, api.service, sequences, reply, bool(parsed.stream), headers)
 
 

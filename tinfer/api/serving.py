@@ -14,9 +14,9 @@ from tinfer.api.failures import error_body, json_response, unexpected
 from tinfer.api.fanout import Batch, Fanout
 from tinfer.api.render import Prompt
 from tinfer.api.responses import ChunkTail, PromptTokensDetails, Usage
-from tinfer.api.service import Delta, Generation, Service
+from tinfer.api.service import Delta, Generation, Hints, Service
 from tinfer.api.sse import DONE, direct, error_event, open_stream
-from tinfer.api.trace import Shown, Trace, shown
+from tinfer.api.trace import Foretold, Predicted, Predictions, Shown, Trace, shown
 from tinfer.core.sampling import SamplingSpec, TokenLogprobs
 from tinfer.errors import EngineFailed, TinferError
 
@@ -40,6 +40,8 @@ class Job(Struct, frozen=True, kw_only=True):
     tokens_as_ids: bool
     num_logprobs: int | None
     show_trace: bool = False
+    include_prediction: bool = False
+    hints: Hints = Hints()
     timeout_s: float | None = None
 
     @property
@@ -75,11 +77,14 @@ class Counter:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._cached = [0] * job.num_answers
+        self._predicted: list[Predicted | None] = [None] * job.num_answers
         self.output_tokens = [0] * job.num_answers
 
     def add(self, index: int, delta: Delta) -> None:
         self.output_tokens[index] += len(delta.token_ids)
         self._cached[index] = max(self._cached[index], delta.cached_tokens)
+        if delta.trace is not None:
+            self._predicted[index] = delta.trace.prediction
 
     @property
     def cached_tokens(self) -> int:
@@ -89,6 +94,7 @@ class Counter:
     def total(self) -> Usage:
         """Usage of a whole response."""
         usage = self._usage(self._prompt_tokens(), sum(self.output_tokens))
+        usage.tinfer_prediction = self._prediction()
         if self._job.cached_details:
             usage.prompt_tokens_details = PromptTokensDetails(self.cached_tokens)
         return usage
@@ -96,6 +102,7 @@ class Counter:
     def streamed_total(self) -> Usage:
         """Usage at the end of a stream, where nulls are left out."""
         usage = self._usage(self._prompt_tokens(), sum(self.output_tokens))
+        usage.tinfer_prediction = self._prediction()
         usage.completion_tokens_details = UNSET
         usage.prompt_tokens_details = UNSET
         if self._job.cached_details:
@@ -108,6 +115,13 @@ class Counter:
         usage = self._usage(len(prompt.token_ids), self.output_tokens[index])
         usage.prompt_tokens_details = usage.completion_tokens_details = UNSET
         return usage
+
+    def _prediction(self) -> Foretold | UnsetType:
+        """On request only; nothing where the service predicts none."""
+        known = [one for one in self._predicted if one is not None]
+        if not self._job.include_prediction or not known:
+            return UNSET
+        return known[0] if len(self._predicted) == 1 else Predictions(known)
 
     def _prompt_tokens(self) -> int:
         return sum(len(prompt.token_ids) for prompt in self._job.prompts)
@@ -142,11 +156,17 @@ class Reply(Protocol):
         ...
 
 
-def generations(prompts: Sequence[Prompt], specs: Sequence[list[SamplingSpec]]) -> list[Generation]:
+def generations(job: Job, specs: Sequence[list[SamplingSpec]]) -> list[Generation]:
     """One sequence per prompt and child, in index order; `specs` holds the children of each."""
     return [
-        Generation(prompt_token_ids=prompt.token_ids, sampling=spec)
-        for prompt, children in zip(prompts, specs, strict=True)
+        Generation(
+            prompt_token_ids=prompt.token_ids,
+            sampling=spec,
+            hints=job.hints,
+            prompt_text=prompt.text,
+            response_id=job.id,
+        )
+        for prompt, children in zip(job.prompts, specs, strict=True)
         for spec in children
     ]
 

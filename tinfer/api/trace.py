@@ -22,7 +22,12 @@ class Shown(Struct, frozen=True):
     """What a response tells of how it was served: a `Trace`, or the `Traces` of its answers."""
 
 
-class Predicted(Struct, frozen=True):
+class Foretold(Struct, frozen=True):
+    """What `usage` tells of predicted lengths: a `Predicted`, or the `Predictions` of all answers.
+    """
+
+
+class Predicted(Foretold, frozen=True):
     """How long an answer was expected to be when its request came, in tokens: as likely longer than
     `median_tokens` as not, and with 80 % from `low_tokens` to `high_tokens`."""
 
@@ -30,6 +35,12 @@ class Predicted(Struct, frozen=True):
     median_tokens: float
     low_tokens: float
     high_tokens: float
+
+
+class Predictions(Foretold, frozen=True):
+    """Those of a request with several answers, in the order of its choices."""
+
+    answers: list[Predicted]
 
 
 class Trace(Shown, frozen=True, kw_only=True):
