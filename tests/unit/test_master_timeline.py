@@ -75,7 +75,7 @@ async def test_a_split_request(clock: SteppedClock) -> None:
         tpot_s=2.0,
         restarts=0,
         e2el_s=10.0,
-            prediction=Predicted("", 8.0, 8.0, 8.0),
+        prediction=Predicted("", 8.0, 8.0, 8.0),
     )
 
 

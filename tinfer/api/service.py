@@ -19,8 +19,8 @@ class Hints(Struct, frozen=True):
     """What a client says of its request beside what is to be generated.
 
     `expected_output_tokens`, at least 1, is how long it thinks the answer will be; of two that wait
-    the one of lower `priority` starts first; `deadline_s` is how long the answer may take, which the
-    API sees to.
+    the one of lower `priority` starts first; `deadline_s` is how long the answer may take, to which
+    the API sees.
     """
 
     expected_output_tokens: int | None = None

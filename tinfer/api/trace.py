@@ -23,8 +23,7 @@ class Shown(Struct, frozen=True):
 
 
 class Foretold(Struct, frozen=True):
-    """What `usage` tells of predicted lengths: a `Predicted`, or the `Predictions` of all answers.
-    """
+    """What `usage` tells of predicted lengths: a `Predicted`, or the `Predictions` of answers."""
 
 
 class Predicted(Foretold, frozen=True):

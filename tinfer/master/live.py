@@ -21,9 +21,9 @@ from tinfer.wire.links import Incarnation
 class LiveRequest(Struct):
     """One accepted request, from submit until every worker has let go of it. `prompt` and
     `emitted` are int32 token ids; `source` is where its blocks were or will be read from last;
-    `asked` what the length predictor was asked, `unhinted` what it said, and `lengths` that with the
-    client's own word in it, `prediction` as it is told; `finish_reason` is the engine's word of the
-    end, and `is_counted` whether predictor and request log know of it."""
+    `asked` what the length predictor was asked, `unhinted` what it said, `lengths` that with the
+    client's own word in it, and `prediction` as it is told; `finish_reason` is the engine's word of
+    the end, and `is_counted` whether predictor and request log know of it."""
 
     generation: Generation
     prompt: bytes

@@ -124,7 +124,9 @@ class RequestLog:
         self._thread.join(timeout_s)
         num_lost = self._num_put - self._num_written + self._num_no_room
         if num_lost:
-            log.warning("--request-log lacks %d of %d lines", num_lost, num_lost + self._num_written)
+            log.warning(
+                "--request-log lacks %d of %d lines", num_lost, num_lost + self._num_written
+            )
 
     def _run(self) -> None:
         while True:

@@ -26,6 +26,7 @@ class RotatingFile:
         self._path = path
         self._max_bytes = max_bytes
         self._num_kept = num_kept
+        self._fd = -1
         self._open()
 
     def write(self, lines: Sequence[bytes]) -> None:

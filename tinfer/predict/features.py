@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinfer.predict.asked import Features
-from tinfer.predict.hashes import TOKEN_BYTES, hashed, head_of
+from tinfer.predict.hashes import hashed, head_of
 
 NUM_SLOTS = 32
 SIGNATURE_BYTES = 2 * NUM_SLOTS

@@ -1,4 +1,4 @@
-"""The hashes by which prompts, tenants and models are known; without numpy, which takes its time."""
+"""The hashes by which prompts, tenants and models are known. Without numpy, which takes time."""
 
 from __future__ import annotations
 

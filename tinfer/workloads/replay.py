@@ -18,9 +18,10 @@ def from_log(
     """The logged requests as a workload by arrival, the first at 0, `speed` > 0 times as fast.
 
     An answer is as long as the logged one; after an error, or where none came, as long as was
-    predicted, or as was asked for where nobody predicted. A record without segments gets one of its own, seeded by its id, so it shares no prefix;
-    where there are segments, they are the prompt, whatever the server counted. `limits` scales and
-    cuts prompts at the same places for equal leading segments, so what was shared stays shared.
+    predicted, or as was asked for where nobody predicted. A record without segments gets one of its
+    own, seeded by its id, so it shares no prefix; where there are segments, they are the prompt,
+    whatever the server counted. `limits` scales and cuts prompts at the same places for equal
+    leading segments, so what was shared stays shared.
     `after` is kept if that request is logged.
     Raises `ValueError` if two records have one id or `speed` is not above 0.
     """
