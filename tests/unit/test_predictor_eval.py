@@ -115,7 +115,7 @@ def test_what_a_predictor_is_shown_is_what_a_server_would_know() -> None:
 
 def test_of_a_servers_log_a_predictor_is_shown_the_hashes_of_the_prompt() -> None:
     features = features_of_tokens(bytes(4 * 50), "m")
-    kept = {
+    kept: dict[str, Any] = {
         "model": "m",
         "prompt_head": as_hex(features.head),
         "prompt_signature": features.signature,
