@@ -16,6 +16,8 @@ from tests.process.box import running, until
 from tests.process.load import Request, chat, completion
 from tinfer.cli import main
 from tinfer.predict.asked import End
+from tinfer.predict.online import OnlinePredictor
+from tinfer.predict.online_state import restore
 from tinfer.sim.prequential import trials_of
 from tinfer.workloads import LogRecord, read_log
 
@@ -91,6 +93,10 @@ async def test_a_log_under_load_is_evaluated_simulated_and_planned_with(tmp_path
 
     result = json.loads(ran("predictor", "eval", "--from", str(path), "--json", "-"))
     assert result["num_requests"] == 60 and "online+hints" in result["predictors"]
+    ran("predictor", "train", "--from", str(path), "--out", str(tmp_path / "state"))
+    predictor = OnlinePredictor()
+    restore(predictor, (tmp_path / "state").read_bytes())
+    assert predictor.num_observed == 60
     result = json.loads(ran("simulate", "--log", str(path), "--json", "-"))
     assert result["settings"]
     ran("plan", "--gpus", "2", "--log", str(path), "--num-requests", "8", "--jobs", "1")

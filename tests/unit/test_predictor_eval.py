@@ -167,7 +167,7 @@ def test_an_answer_is_known_when_it_has_ended_and_not_before() -> None:
         record(3, e2el_s=9.0),
     ]
     told = play(diary, trials_of(records))
-    assert diary.lines == ["r0?", "r1?", "r1=2", "r2?", "r0=1", "r2=3", "r3?"]
+    assert diary.lines == ["r0?", "r1?", "r1=2", "r2?", "r0=1", "r2=3", "r3?", "r3=9"]
     assert [one.lengths for one in told] == [certain(5)] * 4
 
 

@@ -126,7 +126,8 @@ def trials_of(records: Iterable[LogRecord], max_tokens: int | None = None) -> li
 
 
 def play(predictor: Predictor, trials: Sequence[Trial]) -> list[Told]:
-    """What a new predictor says of each trial; they are in order of arrival."""
+    """What a new predictor says of each trial; they are in order of arrival. In the end it has seen
+    the ends of all."""
     learner = predictor if isinstance(predictor, LearningPredictor) else None
     running: list[tuple[float, int]] = []
     told: list[Told] = []
@@ -137,6 +138,8 @@ def play(predictor: Predictor, trials: Sequence[Trial]) -> list[Told]:
         lengths = predictor.predict(trial.asked)
         told.append(Told(lengths, time.perf_counter() - start_s))
         heapq.heappush(running, (trial.ends_s, number))
+    while running:
+        _observe(learner, trials[heapq.heappop(running)[1]])
     return told
 
 
