@@ -361,6 +361,22 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         Literal["text", "json"],
         Meta(description="Of the log on standard error; json: one object per line."),
     ] = "text"
+    request_log: Annotated[
+        str | None,
+        Meta(
+            description="Write a line of JSON to this file for every request that ends: hashes, "
+            "lengths, times; no text."
+        ),
+    ] = None
+    request_log_max_bytes: Annotated[
+        Positive, Meta(description="Size beyond which the request log is put aside as FILE.1.")
+    ] = 64 * 1024 * 1024
+    request_log_files: Annotated[
+        Positive, Meta(description="Such files that are kept: FILE.1, the latest, to FILE.N.")
+    ] = 4
+    log_prompts: Annotated[
+        bool, Meta(description="Have the request log hold prompts as well, as text or token ids.")
+    ] = False
     verbose: Annotated[
         bool,
         Meta(description="--log-level info, and more in the workers' logs; never a text."),

@@ -51,7 +51,8 @@ def test_keys_are_wanted_and_nowhere_to_be_seen(tmp_path: Path) -> None:
     key_file.chmod(0o600)
     logs = tmp_path / "logs"
     logs.mkdir()
-    flags = fake_flags({}, prefill=1, decode=1, log_dir=logs, event_log=tmp_path / "events")
+    written = {"event_log": tmp_path / "events", "request_log": tmp_path / "requests"}
+    flags = fake_flags({}, prefill=1, decode=1, log_dir=logs, **written)
     keyed = (*flags, "--api-key", KEYS[0], "--api-key-file", str(key_file), "--verbose")
     environment = {"TINFER_API_KEY": KEYS[2], "VLLM_API_KEY": KEYS[2]}
     with serving(tmp_path, *keyed, environment=environment) as server:
@@ -72,7 +73,7 @@ def test_keys_are_wanted_and_nowhere_to_be_seen(tmp_path: Path) -> None:
         assert len(children) == 3
         seen += [shown(child) for child in children]
         seen += _texts(server.run_dir())
-    seen += _texts(logs) + [(tmp_path / "events").read_text()]
+    seen += _texts(logs) + [path.read_text() for path in written.values()]
     assert "2, of which clients must show one" in server.output
     assert [key for key in KEYS for text in seen if key in text] == []
 

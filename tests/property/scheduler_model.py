@@ -262,6 +262,12 @@ class Book:
     num_emitted: int = 0
     # It was started before.
     is_again: bool = False
+    priority: int = 0
+
+    @property
+    def turn(self) -> tuple[int, int]:
+        """Who is to start first among those that ask for the same."""
+        return self.priority, self.seq
 
     def begin_again(self) -> None:
         self.is_started, self.lease, self.is_again = False, None, True

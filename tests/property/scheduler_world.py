@@ -96,11 +96,16 @@ class World:
     ) -> None:
         rid = f"r{len(self.books)}"
         wish = Route.WHOLE if max_output_tokens == 1 else route or Route.SPLIT
+        priority = -(prompt_tokens % 2)  # some go before the others
         self.books[rid] = Book(
-            len(self.books), wish, prompt_tokens=prompt_tokens, max_output_tokens=max_output_tokens
+            len(self.books),
+            wish,
+            prompt_tokens=prompt_tokens,
+            max_output_tokens=max_output_tokens,
+            priority=priority,
         )
-        arrived = Arrived(rid, prompt_tokens, max_output_tokens, route, block_hashes=block_hashes)
-        self.feed(arrived)
+        size = (prompt_tokens, max_output_tokens)
+        self.feed(Arrived(rid, *size, route, block_hashes=block_hashes, priority=priority))
 
     def cancel(self, index: int) -> None:
         """One of the latest requests, whatever it is at."""
@@ -362,7 +367,7 @@ class World:
         assert at not in self.draining, f"{rid} started on {at}, which drains"
         assert book.is_open and not book.is_started
         if self.is_plain and not book.is_again:
-            ahead = [b for b in self.books.values() if b.is_open and b.seq < book.seq]
+            ahead = [b for b in self.books.values() if b.is_open and b.turn < book.turn]
             behind = [b for b in ahead if b.wish is book.wish and not b.is_started]
             behind = [b for b in behind if not b.is_again]
             assert not behind, f"{rid} jumped the queue"

@@ -21,7 +21,7 @@ from tinfer.core.policies.decode import (
     heavy_to_light,
     step_cost,
 )
-from tinfer.core.policies.orders import Batched, Srpt
+from tinfer.core.policies.orders import Batched, ByPriority, Fcfs, Srpt
 from tinfer.core.policies.prefill import EarliestFinish
 from tinfer.core.policies.registry import DECODE_CHOICES
 from tinfer.core.requests import Request
@@ -103,6 +103,37 @@ def fleet_of(*workers: str) -> Fleet:
 
 def srpt(ageing: float = 0.1, deadline_s: float | None = None) -> Srpt:
     return Srpt(COSTS, ageing, deadline_s, fleet_of("p"))
+
+
+@given(st.lists(st.integers(-3, 3), max_size=12), st.sets(st.integers(0, 11)))
+def test_a_lower_priority_goes_first_and_the_order_holds_within(
+    priorities: list[int], gone: set[int]
+) -> None:
+    queue = ByPriority(Fcfs)
+    requests = [request(f"r{number}", seq=number) for number in range(len(priorities))]
+    for one, priority in zip(requests, priorities, strict=True):
+        one.priority = priority
+        queue.add(one, 0.0)
+    for number in gone & set(range(len(requests))):
+        queue.discard(requests[number])
+        queue.discard(requests[number])
+    left = [one for number, one in enumerate(requests) if number not in gone]
+    expected = sorted(left, key=lambda one: (one.priority, one.arrival_seq))
+    assert list(queue.in_order(0.0)) == list(queue.listed(0.0)) == expected
+    assert len(queue) == len(expected)
+
+
+def test_a_batch_of_one_priority_does_not_hold_up_a_lower_one() -> None:
+    queue = ByPriority(lambda: Batched(2, 1))
+    later = [request(f"r{number}", prompt=20 - number, seq=number) for number in range(4)]
+    for one in later:
+        queue.add(one, 0.0)
+    assert [one.id for one in queue.in_order(0.0)] == ["r1", "r0"]
+    urgent = request("urgent", prompt=900, seq=9)
+    urgent.priority = -1
+    queue.add(urgent, 0.0)
+    assert [one.id for one in queue.in_order(0.0)] == ["urgent", "r1", "r0"]
+    assert [one.id for one in queue.listed(0.0)] == ["urgent", "r1", "r0", "r3", "r2"]
 
 
 def test_srpt_takes_the_shortest_and_then_the_earliest() -> None:

@@ -1,6 +1,6 @@
 """Imports point one way: which part of tinfer may use which other part, and which library.
 
-    master -> {api, wire, predict} -> core        worker -> {wire, core}
+    master -> {api, wire, predict, workloads} -> core        worker -> {wire, core}
     sim -> {core, predict, workloads}             bench -> {client, core, workloads}
 
 Every import counts, those inside functions and under TYPE_CHECKING too; only for `cli` the ones
@@ -34,7 +34,8 @@ MAY_USE = {
     "admin": {"client"},
     "workloads": {"core"},
     "worker": {"wire", "core", "config"},
-    "master": {"api", "wire", "core", "predict", "tune", "config"},
+    # Of the workloads only the request log's records.
+    "master": {"api", "wire", "core", "predict", "tune", "config", "workloads"},
     # Of the master only what tells which runs and cores there are; it starts nothing.
     "doctor": {"master", "wire", "core", "config"},
     # What was measured, for server and simulator to read; who measures runs workers by the master.

@@ -10,19 +10,28 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.core_box import PLAIN
 from tests.unit.master_box import D, DispatcherBox, P
 from tests.unit.predict_box import ask, serve, traffic
+from tinfer.api.service import Generation, Hints
 from tinfer.config import load
+from tinfer.core.events import Action, Arrived, Event
 from tinfer.core.lengths import Lengths, certain
+from tinfer.core.sampling import SamplingSpec
+from tinfer.core.scheduler import Scheduler
+from tinfer.core.types import SchedulerConfig
 from tinfer.errors import EngineFailed, NoWorker, Overloaded, StartError
 from tinfer.master.predictor_state import PredictorState, check_state_option
 from tinfer.master.scheduling import predictor_of
+from tinfer.master.streams import RequestStream
 from tinfer.predict.asked import Asked, End, Features
-from tinfer.predict.features import features_of_tokens, hashed
+from tinfer.predict.features import features_of_tokens
+from tinfer.predict.hashes import hashed, head_of
 from tinfer.predict.online import OnlinePredictor
 from tinfer.predict.online_state import to_bytes
-from tinfer.predict.predictors import MaxTokens
+from tinfer.predict.predictors import MaxTokens, Prior
 from tinfer.wire import messages as wire
+from tinfer.wire.links import Incarnation
 from tinfer.worker.fake_model import prompt_bytes
 
 
@@ -135,6 +144,51 @@ async def test_a_served_answer_is_learnt(box: DispatcherBox) -> None:
     box.step(D, [17], 1, "ab", 2)
     box.step(D, [18], 2, "d", 3, finish_reason="stop")
     assert predictor.num_observed == 1
+
+
+# --- hints ----------------------------------------------------------------------------------------
+
+
+def submit_hinted(box: DispatcherBox, expected: int, request_id: str = "r") -> RequestStream:
+    generation = Generation(
+        list(range(20)), SamplingSpec(max_tokens=64), hints=Hints(expected, priority=-1)
+    )
+    return box.dispatcher.submit(request_id, generation)
+
+
+async def test_the_scheduler_is_told_the_prediction_with_the_hint_in_it() -> None:
+    arrived: list[Arrived] = []
+
+    class Heard(Scheduler):
+        def on_event(self, event: Event, now_s: float) -> list[Action]:
+            if isinstance(event, Arrived):
+                arrived.append(event)
+            return super().on_event(event, now_s)
+
+    box = DispatcherBox(predictor=Prior())
+    box.dispatcher._scheduler = Heard(SchedulerConfig(**PLAIN))
+    for worker_id in "pd":
+        box.up(Incarnation(worker_id, 0))
+    submit_hinted(box, 3)
+    (event,) = arrived
+    assert event.lengths is not None and event.lengths.points.count(3) == 2
+    assert event.priority == -1
+    (live,) = box.live.values()
+    # A prompt is hashed no further than it takes to know who asks.
+    assert live.asked.features == Features(head=head_of(prompt_bytes(range(20))))
+    assert live.prediction.low_tokens < live.unhinted.quantile(0.1)
+
+
+async def test_a_tenant_whose_words_were_right_is_believed_more() -> None:
+    box = DispatcherBox(predictor=Prior())
+    for number in range(12):
+        submit_hinted(box, 2, f"r{number}")
+        box.prefilled(f"r{number}", number)
+        box.pulled(f"r{number}")
+        box.step(D, [17, 18], 2, "abc", 3, f"r{number}", finish_reason="stop")
+        box.lease_ended(number)
+    submit_hinted(box, 2, "last")
+    assert box.live["last"].prediction.median_tokens == 2.0
 
 
 # --- the file -------------------------------------------------------------------------------------

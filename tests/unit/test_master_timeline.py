@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from tests.unit.master_box import D, DispatcherBox, P, read
-from tinfer.api.trace import Trace
+from tinfer.api.trace import Predicted, Trace
 from tinfer.core.types import Route
 from tinfer.master.streams import RequestStream
 from tinfer.master.timeline import Timeline
@@ -75,6 +75,7 @@ async def test_a_split_request(clock: SteppedClock) -> None:
         tpot_s=2.0,
         restarts=0,
         e2el_s=10.0,
+        prediction=Predicted("", 8.0, 8.0, 8.0),
     )
 
 

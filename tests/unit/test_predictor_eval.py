@@ -13,12 +13,24 @@ import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from msgspec.structs import replace
 
 from tinfer.cli import main
 from tinfer.core.lengths import Lengths, bucket, certain
 from tinfer.predict.asked import Asked, End
+from tinfer.predict.features import features_of_tokens
+from tinfer.predict.hashes import as_hex
 from tinfer.sim.predictor_app import scores_of
-from tinfer.sim.prequential import SHUFFLED, TenantMean, Told, Trial, play, shuffled, trials_of
+from tinfer.sim.prequential import (
+    HINTED,
+    SHUFFLED,
+    TenantMean,
+    Told,
+    Trial,
+    play,
+    shuffled,
+    trials_of,
+)
 from tinfer.sim.scores import Score, kendall_tau, pinball, quantiles, score
 from tinfer.workloads import LogRecord, Segment, write_log
 
@@ -101,6 +113,37 @@ def test_what_a_predictor_is_shown_is_what_a_server_would_know() -> None:
     assert nobody.asked.features.head == 0
 
 
+def test_of_a_servers_log_a_predictor_is_shown_the_hashes_of_the_prompt() -> None:
+    features = features_of_tokens(bytes(4 * 50), "m")
+    kept: dict[str, Any] = {
+        "model": "m",
+        "prompt_head": as_hex(features.head),
+        "prompt_signature": features.signature,
+        "segments": (Segment("other", 50),),
+        "expected_output_tokens": 7,
+    }
+    (trial,) = trials_of([record(**kept)])
+    assert trial.asked.features == features
+    assert (trial.asked.expected_output_tokens, trial.asked.runs_to_bound) == (7, False)
+    (odd,) = trials_of([record(**{**kept, "prompt_signature": b"x"})])
+    assert (odd.asked.features.head, odd.asked.features.signature) == (features.head, b"")
+    to_bound = record(runs_to_bound=True, finish_reason="length")
+    assert trials_of([to_bound])[0].asked.runs_to_bound
+    # Under another bound it is an answer that ended.
+    assert not trials_of([to_bound], 4000)[0].asked.runs_to_bound
+
+
+def test_hints_are_an_arm_of_their_own_where_there_are_any() -> None:
+    plain = log_of(200)
+    right = [replace(one, expected_output_tokens=one.output_tokens) for one in plain]
+    assert HINTED not in scores_of(trials_of(plain))
+    scores = scores_of(trials_of(right))
+    assert scores[HINTED].mae_tokens < 0.5 * scores["online"].mae_tokens
+    wrong = [replace(one, expected_output_tokens=1) for one in plain]
+    scores = scores_of(trials_of(wrong), num_skipped=100)
+    assert scores[HINTED].mae_tokens == pytest.approx(scores["online"].mae_tokens, rel=0.02)
+
+
 class Diary:
     """Writes down what it is asked and told."""
 
@@ -124,7 +167,7 @@ def test_an_answer_is_known_when_it_has_ended_and_not_before() -> None:
         record(3, e2el_s=9.0),
     ]
     told = play(diary, trials_of(records))
-    assert diary.lines == ["r0?", "r1?", "r1=2", "r2?", "r0=1", "r2=3", "r3?"]
+    assert diary.lines == ["r0?", "r1?", "r1=2", "r2?", "r0=1", "r2=3", "r3?", "r3=9"]
     assert [one.lengths for one in told] == [certain(5)] * 4
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from array import array
 from pathlib import Path
 
 import msgspec
@@ -17,6 +18,7 @@ from tinfer.workloads import (
     encode_record,
     from_log,
     make,
+    prefix_segments,
     read_log,
     write_log,
 )
@@ -143,6 +145,43 @@ def test_a_failed_request_is_replayed_as_it_was_asked() -> None:
     failed = msgspec.structs.replace(RECORD, error="the worker died", prompt_tokens=0)
     [asked] = from_log([failed])
     assert (asked.segments, asked.output_tokens) == (RECORD.segments, RECORD.max_output_tokens)
+
+
+def test_an_answer_that_never_came_is_as_long_as_it_was_predicted() -> None:
+    for predicted, tokens in ((3.4, 3), (0.2, 1), (700.0, 9), (None, 9)):
+        refused = msgspec.structs.replace(
+            bare("a", 0.0, output_tokens=0), error="full", predicted_output_tokens=predicted
+        )
+        [asked] = from_log([refused])
+        assert asked.output_tokens == tokens
+
+
+def tokens(*parts: tuple[int, int]) -> bytes:
+    """Rows of (first token, number of tokens)."""
+    return array("i", [first + i for first, num in parts for i in range(num)]).tobytes()
+
+
+def test_prompts_as_hashes_share_what_their_tokens_share() -> None:
+    one = prefix_segments(tokens((0, 1000), (5000, 70)), "one")
+    other = prefix_segments(tokens((0, 1000), (7000, 300)), "other")
+    assert [sum(part.num_tokens for part in parts) for parts in (one, other)] == [1070, 1300]
+    shared = [part for part, same in zip(one, other, strict=False) if part == same]
+    # To the last cut before the difference; equal seeds are equal tokens.
+    assert sum(part.num_tokens for part in shared) == 960
+    assert {part.seed for part in one} & {part.seed for part in other} == {
+        part.seed for part in shared
+    }
+    # Nobody shares what lies behind the last cut.
+    assert prefix_segments(tokens((0, 40)), "a")[1] == Segment("a", 8)
+    assert prefix_segments(tokens((0, 31)), "a") == (Segment("a", 31),)
+    assert prefix_segments(b"", "a") == ()
+
+
+def test_the_number_of_hashes_is_bounded() -> None:
+    for num, most in ((256, 8), (4096, 40), (1 << 20, 105)):
+        segments = prefix_segments(tokens((0, num)), "own")
+        assert sum(part.num_tokens for part in segments) == num
+        assert len(segments) <= most
 
 
 def test_what_is_not_in_the_log_is_not_waited_for() -> None:

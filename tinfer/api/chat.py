@@ -41,7 +41,7 @@ async def handle(api: Api, request: web.Request) -> web.StreamResponse:
     spec = _fitted(api, parsed, base, prompt)
     job = api.job(request, parsed, "chatcmpl", [prompt], num_logprobs)
     reply = ChatReply(job, _manner(api, parsed, tools), parsing)
-    sequences = generations([prompt], [sampling.children(spec, job.n)])
+    sequences = generations(job, [sampling.children(spec, job.n)])
     return await answer(request, api.service, sequences, reply, bool(parsed.stream), headers)
 
 

@@ -71,7 +71,7 @@ async def handle(api: Api, request: web.Request) -> web.StreamResponse:
         specs.append(sampling.children(spec, job.n))
     echoes = [await _echo(api, p, job, prompt_only) for p in prompts] if parsed.echo else None
     reply = CompletionReply(job, echoes)
-    sequences = generations(prompts, specs)
+    sequences = generations(job, specs)
     return await answer(request, api.service, sequences, reply, bool(parsed.stream), headers)
 
 

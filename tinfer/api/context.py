@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from aiohttp import web
 
-from tinfer.api.deadline import seconds_of
+from tinfer.api.deadline import header_seconds, shortest
 from tinfer.api.decode import BodyDecoder
 from tinfer.api.fields import IgnoredLog, ignored_header
 from tinfer.api.limits import MAX_REQUEST_ID_CHARS
@@ -23,8 +23,9 @@ from tinfer.api.schemas import (
     DetokenizeRequest,
     SamplingFields,
     TokenizeRequest,
+    Wishes,
 )
-from tinfer.api.service import Service
+from tinfer.api.service import Hints, Service
 from tinfer.api.serving import Job
 from tinfer.api.trace import wants_trace
 from tinfer.errors import InvalidRequest, ModelNotFound
@@ -108,8 +109,12 @@ class Api:
         if len(prompts) * n > options.max_sequences:
             raise InvalidRequest(f"at most {options.max_sequences} answers at once", param="n")
         usage = parsed.stream_options
+        wishes = parsed.tinfer or Wishes()
+        include_prediction = bool(wishes.include_prediction)
+        include_prediction |= usage is not None and bool(usage.include_prediction)
         include_usage = usage is not None and bool(usage.include_usage)
         continuous = include_usage and usage is not None and bool(usage.continuous_usage_stats)
+        hints = _hints(request, parsed, wishes)
         as_ids = parsed.return_tokens_as_token_ids
         own_id = _header_id(request) or parsed.request_id or id_of(request)
         note_id(request, own_id)
@@ -123,15 +128,30 @@ class Api:
             fingerprint=options.system_fingerprint,
             prompts=prompts,
             n=n,
-            include_usage=include_usage or options.force_include_usage,
+            include_usage=include_usage or include_prediction or options.force_include_usage,
             continuous_usage=continuous or options.force_include_usage,
             cached_details=options.enable_prompt_tokens_details,
             return_token_ids=bool(parsed.return_token_ids),
             tokens_as_ids=options.return_tokens_as_token_ids if as_ids is None else as_ids,
             num_logprobs=num_logprobs,
             show_trace=wants_trace(request),
-            timeout_s=seconds_of(request, options.request_timeout_s),
+            include_prediction=include_prediction,
+            hints=hints,
+            timeout_s=shortest(hints.deadline_s, options.request_timeout_s),
         )
+
+
+def _hints(request: web.Request, parsed: SamplingFields, wishes: Wishes) -> Hints:
+    """What the client says of its request. Raises `InvalidRequest` where it contradicts itself."""
+    priorities = {one for one in (parsed.priority, wishes.priority) if one is not None}
+    if len(priorities) > 1:
+        raise InvalidRequest("is not the priority beside it", param="tinfer.priority")
+    field_s = None if wishes.deadline_ms is None else wishes.deadline_ms / 1e3
+    return Hints(
+        expected_output_tokens=wishes.expected_output_tokens,
+        priority=priorities.pop() if priorities else 0,
+        deadline_s=shortest(header_seconds(request), field_s),
+    )
 
 
 def _header_id(request: web.Request) -> str:

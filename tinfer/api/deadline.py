@@ -28,15 +28,20 @@ class Deadline:
         return DeadlinePassed(f"the answer was not complete after {self._seconds:g} s")
 
 
-def seconds_of(request: web.Request, server_s: float | None) -> float | None:
-    """The shorter of the two limits. Raises `InvalidRequest` for a header that is no time."""
+def shortest(*limits_s: float | None) -> float | None:
+    """The one that passes first; None where there is none."""
+    return min((one for one in limits_s if one is not None), default=None)
+
+
+def header_seconds(request: web.Request) -> float | None:
+    """The client's own limit. Raises `InvalidRequest` for a header that is no time."""
     text = request.headers.get(HEADER)
     if text is None:
-        return server_s
+        return None
     try:
         own_s = float(text)
     except ValueError:
         own_s = math.nan
     if not 0 < own_s < math.inf:
         raise InvalidRequest(f"{HEADER} takes seconds, got {text[:40]!r}")
-    return own_s if server_s is None else min(own_s, server_s)
+    return own_s

@@ -53,7 +53,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "logprob_token_ids": _EMPTY,
     "media_io_kwargs": _EMPTY,
     "mm_processor_kwargs": _EMPTY,
-    "priority": (None, 0),
     "prompt_embeds": _EMPTY,
     "repetition_detection": (None,),
     "routed_experts_prompt_start": (None, 0),

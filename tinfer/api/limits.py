@@ -22,6 +22,10 @@ MAX_LOGIT_BIAS_ENTRIES = 1024
 MAX_STOP_TOKEN_IDS = 1024
 # It comes back in every chunk of a stream.
 MAX_REQUEST_ID_CHARS = 256
+INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+# As far as the bins of lengths reach (tinfer/predict/curves.py); longer than any model's context.
+MAX_EXPECTED_TOKENS = 1 << 20
+MAX_DEADLINE_MS = 24 * 3600 * 1000
 
 # --- grammars -------------------------------------------------------------------------------------
 

@@ -21,10 +21,9 @@ from tinfer.api.access import OPEN, PRIVILEGED
 from tinfer.api.context import Api
 from tinfer.api.deadline import HEADER as TIMEOUT_HEADER
 from tinfer.api.fields import IGNORED_HEADER, REFUSED
-from tinfer.api.limits import MAX_N, MAX_STOP_STRINGS
+from tinfer.api.limits import INT64_MAX, INT64_MIN, MAX_N, MAX_STOP_STRINGS
 from tinfer.api.request_log import ID_HEADER
 from tinfer.api.responses import ChunkHead, ChunkTail, ErrorBody
-from tinfer.api.sampling import INT64_MAX, INT64_MIN
 from tinfer.api.schemas import (
     Addressed,
     ChatRequest,
@@ -34,7 +33,7 @@ from tinfer.api.schemas import (
     SamplingFields,
 )
 from tinfer.api.tokenize import MAX_TOKEN_ID
-from tinfer.api.trace import TRACE_HEADER, Shown
+from tinfer.api.trace import TRACE_HEADER, Foretold, Shown
 
 Schema = dict[str, Any]
 ApiHandler = Callable[[Api, web.Request], Awaitable[web.StreamResponse]]
@@ -297,7 +296,7 @@ def _replies(endpoints: list[Endpoint]) -> dict[str, Schema]:
     """The schemas of all bodies that are sent."""
     kinds: list[Any] = [endpoint.gives for endpoint in endpoints if endpoint.gives is not None]
     kinds += [_chunk(endpoint.event) for endpoint in endpoints if endpoint.event is not None]
-    kinds += [ErrorBody, *Shown.__subclasses__()]
+    kinds += [ErrorBody, *Shown.__subclasses__(), *Foretold.__subclasses__()]
     _, components = msgspec.json.schema_components(kinds, ref_template=_REFERENCE)
     for kind in {struct for hint in kinds for struct in _structs_in(hint)}:
         schema = components[kind.__name__]
@@ -310,7 +309,8 @@ def _replies(endpoints: list[Endpoint]) -> dict[str, Schema]:
             for field in msgspec.structs.fields(kind)
             if UnsetType not in typing.get_args(hints[field.name])
         ]
-    components[Shown.__name__] = {"anyOf": [_reference(one) for one in Shown.__subclasses__()]}
+    for either in (Shown, Foretold):
+        components[either.__name__] = {"anyOf": list(map(_reference, either.__subclasses__()))}
     return components
 
 

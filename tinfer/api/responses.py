@@ -10,7 +10,7 @@ import uuid
 
 from msgspec import UNSET, Struct, UnsetType
 
-from tinfer.api.trace import Shown, Trace
+from tinfer.api.trace import Foretold, Shown, Trace
 
 
 def new_id() -> str:
@@ -40,6 +40,7 @@ class Usage(Struct):
     completion_tokens: int
     prompt_tokens_details: PromptTokensDetails | None | UnsetType = None
     completion_tokens_details: CompletionTokensDetails | None | UnsetType = None
+    tinfer_prediction: Foretold | UnsetType = UNSET
 
 
 class CompletionLogprobs(Struct):

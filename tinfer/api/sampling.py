@@ -17,6 +17,8 @@ import msgspec
 from msgspec import Struct
 
 from tinfer.api.limits import (
+    INT64_MAX,
+    INT64_MIN,
     MAX_BAD_WORD_CHARS,
     MAX_BAD_WORDS,
     MAX_LOGIT_BIAS,
@@ -30,8 +32,6 @@ from tinfer.api.schemas import SamplingFields
 from tinfer.api.structured import structured_spec
 from tinfer.core.sampling import SamplingSpec
 from tinfer.errors import InvalidRequest, PromptTooLong, StartError
-
-INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
 T = TypeVar("T")
 

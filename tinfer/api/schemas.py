@@ -6,17 +6,39 @@ Ranges are checked in `sampling.py`; what is not declared here is judged by `fie
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
+
+from tinfer.api.limits import INT64_MAX, INT64_MIN, MAX_DEADLINE_MS, MAX_EXPECTED_TOKENS
+
+# Lower goes first. As vLLM's, which some clients set to a time.
+Priority = Annotated[int, Meta(ge=INT64_MIN, le=INT64_MAX)]
 
 
 class StreamOptions(Struct):
-    """What a stream tells of usage; `continuous_usage_stats` needs `include_usage`."""
+    """What a stream tells of usage; `continuous_usage_stats` needs `include_usage`, and
+    `include_prediction` is the same as `Wishes.include_prediction`."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+    include_prediction: bool | None = None
+
+
+class Wishes(Struct, forbid_unknown_fields=True):
+    """The field `tinfer`: what a client knows of its request that no other field says.
+
+    `expected_output_tokens`: how long it thinks that the answer will be, a weak sample beside what
+    the server has learnt; `priority`: the one of vLLM; `deadline_ms`: how long the answer may take,
+    as `X-Request-Timeout` in seconds; `include_prediction`: have `usage` tell how long the answer
+    was predicted to be.
+    """
+
+    expected_output_tokens: Annotated[int, Meta(ge=1, le=MAX_EXPECTED_TOKENS)] | None = None
+    priority: Priority | None = None
+    deadline_ms: Annotated[float, Meta(gt=0, le=MAX_DEADLINE_MS)] | None = None
+    include_prediction: bool | None = None
 
 
 class StructuredOutputs(Struct):
@@ -87,6 +109,8 @@ class SamplingFields(Addressed, kw_only=True):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     request_id: str | None = None
+    priority: Priority | None = None
+    tinfer: Wishes | None = None
 
 
 class CompletionRequest(SamplingFields, kw_only=True):

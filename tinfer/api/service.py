@@ -16,15 +16,35 @@ from tinfer.core.sampling import SamplingSpec, TokenLogprobs
 from tinfer.core.types import Role, Route
 
 
+class Hints(Struct, frozen=True):
+    """What a client says of its request beside what is to be generated.
+
+    `expected_output_tokens`, at least 1, is how long it thinks the answer will be; of two that wait
+    the one of lower `priority` starts first; `deadline_s` is how long the answer may take, to which
+    the API sees.
+    """
+
+    expected_output_tokens: int | None = None
+    priority: int = 0
+    deadline_s: float | None = None
+
+
 class Generation(Struct, frozen=True):
     """One sequence to generate: a prompt as token ids and how to sample its answer, which is number
-    `child` of the `n` answers that its client wants to this prompt."""
+    `child` of the `n` answers that its client wants to this prompt.
+
+    `prompt_text` is what was tokenised, where the prompt came as text, and `response_id` the id of
+    the response that the answer goes into: for the request log.
+    """
 
     prompt_token_ids: list[int]
     sampling: SamplingSpec
     route: Route | None = None
     n: int = 1
     child: int = 0
+    hints: Hints = Hints()
+    prompt_text: str | None = None
+    response_id: str = ""
 
 
 class Delta(Struct):

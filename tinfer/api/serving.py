@@ -14,9 +14,9 @@ from tinfer.api.failures import error_body, json_response, unexpected
 from tinfer.api.fanout import Batch, Fanout
 from tinfer.api.render import Prompt
 from tinfer.api.responses import ChunkTail, CompletionTokensDetails, PromptTokensDetails, Usage
-from tinfer.api.service import Delta, Generation, Service
+from tinfer.api.service import Delta, Generation, Hints, Service
 from tinfer.api.sse import DONE, direct, error_event, open_stream
-from tinfer.api.trace import Shown, Trace, shown
+from tinfer.api.trace import Foretold, Predicted, Predictions, Shown, Trace, shown
 from tinfer.core.sampling import SamplingSpec, TokenLogprobs
 from tinfer.errors import EngineFailed, TinferError
 
@@ -40,6 +40,8 @@ class Job(Struct, frozen=True, kw_only=True):
     tokens_as_ids: bool
     num_logprobs: int | None
     show_trace: bool = False
+    include_prediction: bool = False
+    hints: Hints = Hints()
     timeout_s: float | None = None
 
     @property
@@ -80,6 +82,7 @@ class Counter:
         # Of the answers that are over, by index.
         self.finish_reasons: dict[int, str] = {}
         self.traces: dict[int, Trace] = {}
+        self._predicted: list[Predicted | None] = [None] * job.num_answers
         self.output_tokens = [0] * job.num_answers
 
     def add(self, index: int, delta: Delta) -> None:
@@ -87,8 +90,9 @@ class Counter:
         self._cached[index] = max(self._cached[index], delta.cached_tokens)
         if delta.finish_reason is not None:
             self.finish_reasons[index] = delta.finish_reason
-            if delta.trace is not None:
-                self.traces[index] = delta.trace
+        if delta.trace is not None:
+            self.traces[index] = delta.trace
+            self._predicted[index] = delta.trace.prediction
 
     @property
     def cached_tokens(self) -> int:
@@ -100,6 +104,7 @@ class Counter:
         usage = self._usage(self._prompt_tokens(), sum(self.output_tokens))
         if self.reasoning_tokens is not None:
             usage.completion_tokens_details = self._details(self.reasoning_tokens)
+        usage.tinfer_prediction = self._prediction()
         if self._job.cached_details:
             usage.prompt_tokens_details = PromptTokensDetails(self.cached_tokens)
         return usage
@@ -107,6 +112,7 @@ class Counter:
     def streamed_total(self) -> Usage:
         """Usage at the end of a stream, where nulls are left out."""
         usage = self._usage(self._prompt_tokens(), sum(self.output_tokens))
+        usage.tinfer_prediction = self._prediction()
         usage.completion_tokens_details = UNSET
         usage.prompt_tokens_details = UNSET
         if self.reasoning_tokens is not None:
@@ -127,6 +133,13 @@ class Counter:
     @staticmethod
     def _details(reasoning_tokens: list[int]) -> CompletionTokensDetails:
         return CompletionTokensDetails(sum(reasoning_tokens))
+
+    def _prediction(self) -> Foretold | UnsetType:
+        """On request only; nothing where the service predicts none."""
+        known = [one for one in self._predicted if one is not None]
+        if not self._job.include_prediction or not known:
+            return UNSET
+        return known[0] if len(self._predicted) == 1 else Predictions(known)
 
     def _prompt_tokens(self) -> int:
         return sum(len(prompt.token_ids) for prompt in self._job.prompts)
@@ -166,11 +179,19 @@ class Reply(Protocol):
 REPLY: web.RequestKey[Reply] = web.RequestKey("reply", Reply)
 
 
-def generations(prompts: Sequence[Prompt], specs: Sequence[list[SamplingSpec]]) -> list[Generation]:
+def generations(job: Job, specs: Sequence[list[SamplingSpec]]) -> list[Generation]:
     """One sequence per prompt and child, in index order; `specs` holds the children of each."""
     return [
-        Generation(prompt.token_ids, spec, n=len(children), child=child)
-        for prompt, children in zip(prompts, specs, strict=True)
+        Generation(
+            prompt_token_ids=prompt.token_ids,
+            sampling=spec,
+            n=len(children),
+            child=child,
+            hints=job.hints,
+            prompt_text=prompt.text,
+            response_id=job.id,
+        )
+        for prompt, children in zip(job.prompts, specs, strict=True)
         for child, spec in enumerate(children)
     ]
 

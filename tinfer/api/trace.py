@@ -22,6 +22,26 @@ class Shown(Struct, frozen=True):
     """What a response tells of how it was served: a `Trace`, or the `Traces` of its answers."""
 
 
+class Foretold(Struct, frozen=True):
+    """What `usage` tells of predicted lengths: a `Predicted`, or the `Predictions` of answers."""
+
+
+class Predicted(Foretold, frozen=True):
+    """How long an answer was expected to be when its request came, in tokens: as likely longer than
+    `median_tokens` as not, and with 80 % from `low_tokens` to `high_tokens`."""
+
+    predictor: str
+    median_tokens: float
+    low_tokens: float
+    high_tokens: float
+
+
+class Predictions(Foretold, frozen=True):
+    """Those of a request with several answers, in the order of its choices."""
+
+    answers: list[Predicted]
+
+
 class Trace(Shown, frozen=True, kw_only=True):
     """Figures of one answer, by the master's clock; durations in seconds.
 
@@ -35,7 +55,8 @@ class Trace(Shown, frozen=True, kw_only=True):
     Null: `decode_worker` where a split request ended with its first token, what is about a hand-off
     where there was none, `tpot_s` below two tokens. `recomputed`: the hand-off failed and the
     decode worker computed the prompt again. `restarts`: how often the request began again because
-    its worker had died; `prefill_worker` and `decode_worker` are then the last ones.
+    its worker had died; `prefill_worker` and `decode_worker` are then the last ones. `prediction`:
+    the length that was predicted.
     """
 
     request_id: str
@@ -56,6 +77,7 @@ class Trace(Shown, frozen=True, kw_only=True):
     tpot_s: float | None
     restarts: int
     e2el_s: float
+    prediction: Predicted | None = None
 
 
 class Traces(Shown, frozen=True):

@@ -1,4 +1,4 @@
-"""`tinfer predictor`: read the options, evaluate, turn the end into an exit code."""
+"""`tinfer predictor`: read the options, evaluate or train, turn the end into an exit code."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ its keys mean.
 
 @click.group("predictor", no_args_is_help=True)
 def command() -> None:
-    """Look at what predicts how long answers will be."""
+    """Look at what predicts how long answers will be, and teach it."""
 
 
 @command.command("eval", epilog=_EPILOG)
@@ -47,7 +47,7 @@ def command() -> None:
     required=True,
     type=click.Path(dir_okay=False, exists=True),
     metavar="LOG",
-    help="Request log (JSONL of `tinfer bench`).",
+    help="Request log (JSONL of `tinfer serve --request-log` or `tinfer bench`).",
 )
 @click.option(
     "--max-tokens",
@@ -78,3 +78,51 @@ def evaluate(**given: Any) -> None:
         return run(EvalOptions(**given))
 
     sys.exit(ended(evaluated))
+
+
+_TRAIN_EPILOG = """
+\b
+The state is made anew from all logs, in the order of time; what FILE held
+before is gone. Start with it by
+    tinfer serve --predictor online --predictor-state FILE
+under the model name that the log has.
+\b
+Exit status: 0 when the state is written; 2 for a bad option or log, or
+where there is nothing to learn; 130 after Ctrl-C.
+\b
+The result of --json is one object; tinfer/sim/predictor_train.py says what
+its keys mean.
+"""
+
+
+@command.command("train", epilog=_TRAIN_EPILOG)
+@click.option(
+    "--from",
+    "logs",
+    required=True,
+    multiple=True,
+    type=click.Path(dir_okay=False, exists=True),
+    metavar="LOG",
+    help="Request log of `tinfer serve --request-log`; repeatable, in any order.",
+)
+@click.option("--out", required=True, metavar="FILE", help="The state to write.")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    help="Take whole answers as ended by themselves under this bound, as in eval.",
+)
+@json_option()
+def train(**given: Any) -> None:
+    """Teach the online predictor from request logs, so that a new server knows its traffic.
+
+    Hashes and lengths are enough: the logs need no text.
+    """
+
+    def trained() -> int:
+        check_writable(given["json_path"], None)
+        check_writable(given["out"], None)
+        from tinfer.sim.predictor_train import TrainOptions, run
+
+        return run(TrainOptions(**given))
+
+    sys.exit(ended(trained))

@@ -36,6 +36,7 @@ NOT_SIMULATED = frozenset(
     + ("slo", "request_timeout", "shutdown_timeout", "start_timeout", "lease_ttl", "hang_timeout")
     + ("max_worker_restarts", "max_request_restarts")
     + ("predictor_state", "predictor_state_interval")
+    + ("request_log", "request_log_max_bytes", "request_log_files", "log_prompts")
     + ("log_dir", "event_log", "log_level", "log_format", "verbose", "engine", "fake_engine")
 )
 # This one is an option of the workload here; it numbers everything that is drawn.

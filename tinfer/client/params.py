@@ -14,6 +14,16 @@ Messages = str | Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 
 
+class Wishes(TypedDict, total=False):
+    """What only a tinfer server knows: how long the answer is expected to be, its turn (lower goes
+    first), how long it may take, and whether `usage` is to tell how long it was predicted to be."""
+
+    expected_output_tokens: int
+    priority: int
+    deadline_ms: float
+    include_prediction: bool
+
+
 class SamplingParams(TypedDict, total=False):
     """Parameters of both endpoints."""
 
@@ -45,6 +55,8 @@ class SamplingParams(TypedDict, total=False):
     return_token_ids: bool | None
     return_tokens_as_token_ids: bool | None
     request_id: str | None
+    priority: int | None
+    tinfer: Wishes | None
 
 
 class CompletionParams(SamplingParams, total=False):

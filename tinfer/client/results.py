@@ -25,14 +25,28 @@ class CompletionTokensDetails(Struct):
     reasoning_tokens: int | None = None
 
 
+class Predicted(Struct):
+    """How long a tinfer server expected an answer to be when the request came, in tokens: the
+    median, and what it was to lie between with 80 %. Of a request with several answers `answers`
+    has those of each, and the rest is empty."""
+
+    predictor: str = ""
+    median_tokens: float | None = None
+    low_tokens: float | None = None
+    high_tokens: float | None = None
+    answers: list[Predicted] = []
+
+
 class Usage(Struct):
-    """Token counts over all prompts and answers of one request."""
+    """Token counts over all prompts and answers of one request; the prediction is there on request
+    (`tinfer={"include_prediction": True}`)."""
 
     prompt_tokens: int = 0
     completion_tokens: int | None = None
     total_tokens: int = 0
     prompt_tokens_details: PromptTokensDetails | None = None
     completion_tokens_details: CompletionTokensDetails | None = None
+    tinfer_prediction: Predicted | None = None
 
 
 class CompletionChoice(Struct):

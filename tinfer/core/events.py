@@ -19,7 +19,7 @@ class Arrived(Struct, tag=True, frozen=True):
 
     `lengths` is what the predictor says of the answer, None that nothing but its bound is known.
     `block_hashes` has one hash per whole KV block of the prompt, each of the prompt up to its end:
-    equal hashes are equal prefixes.
+    equal hashes are equal prefixes. Of two that wait, the one of lower `priority` starts first.
     """
 
     request_id: str
@@ -28,6 +28,7 @@ class Arrived(Struct, tag=True, frozen=True):
     route: Route | None = None
     lengths: Lengths | None = None
     block_hashes: tuple[int, ...] = ()
+    priority: int = 0
 
 
 class Cancelled(Struct, tag=True, frozen=True):

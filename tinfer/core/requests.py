@@ -25,14 +25,15 @@ if TYPE_CHECKING:
 class Request:
     """One request. Only the scheduler writes it; policies read it.
 
-    `wish` is the route asked for, None where the policy decides when it starts; `route` the one
-    really taken. `at` is the incarnation that computes it: `num_blocks` are counted there for its
-    prompt, of which `prefill_tokens` are still to be computed; `stays` is false where it leaves
-    with its prefill. Once it decodes, it has one output token at step `first_step` of that worker,
-    and one more with each further step. `target` is the decode worker that it is meant for, where
-    that is settled before its prefill ends. One that lost its blocks has a `reprefill`, a prefill
-    that `serves` it, while that is computed; it is parked meanwhile with `parked_tokens` of its
-    answer, and nothing of it counts but its seat.
+    Of those that wait for a first worker, the lower `priority` goes first. `wish` is the route
+    asked for, None where the policy decides when it starts; `route` the one really taken. `at` is
+    the incarnation that computes it: `num_blocks` are counted there for its prompt, of which
+    `prefill_tokens` are still to be computed; `stays` is false where it leaves with its prefill.
+    Once it decodes, it has one output token at step `first_step` of that worker, and one more with
+    each further step. `target` is the decode worker that it is meant for, where that is settled
+    before its prefill ends. One that lost its blocks has a `reprefill`, a prefill that `serves` it,
+    while that is computed; it is parked meanwhile with `parked_tokens` of its answer, and nothing
+    of it counts but its seat.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Request:
     wish: Route | None
     lengths: Lengths
     block_hashes: tuple[int, ...] = ()
+    priority: int = 0
     phase: Phase = Phase.QUEUED
     route: Route | None = None
     at: Worker | None = None

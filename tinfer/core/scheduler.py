@@ -181,6 +181,7 @@ class Scheduler:
                 event.max_output_tokens
             ),
             block_hashes=event.block_hashes,
+            priority=event.priority,
         )
         refusal = self._promises.broken_by(request, self._queue_view(now_s))
         if refusal is not None:
@@ -390,7 +391,7 @@ class Scheduler:
                 self._start_lost(wish, lost, now_s)
         open_wishes = [wish for wish, queue in self._queues.items() if len(queue)]
         while open_wishes and self._fleet.num_taking:
-            wish = min(open_wishes, key=lambda one: self._head(one, now_s).arrival_seq)
+            wish = min(open_wishes, key=lambda one: _turn(self._head(one, now_s)))
             if not self._start_one(wish, now_s) or not len(self._queues[wish]):
                 open_wishes.remove(wish)
 
@@ -487,6 +488,10 @@ def ageing_tokens_per_s(config: SchedulerConfig) -> float:
     if config.prefill_order != "srpt":
         return FIRST_COME
     return config.ageing / max(config.costs.prefill_token_s, 1e-9)
+
+
+def _turn(request: Request) -> tuple[int, int]:
+    return request.priority, request.arrival_seq
 
 
 def _changes_little(event: ev.Event) -> bool:

@@ -42,6 +42,7 @@ from tinfer.master.parsers import load_parsers
 from tinfer.master.plan import Decision
 from tinfer.master.predictor_state import PredictorState
 from tinfer.master.preparation import prepare
+from tinfer.master.request_log import open_request_log
 from tinfer.master.rolling import Rolling
 from tinfer.master.rundir import RunDirectory
 from tinfer.master.scheduling import predictor_of, scheduler_config
@@ -110,6 +111,8 @@ class Server:
         chosen = scheduler_config(config, CostModel() if tuning is None else tuning.costs)
         # Before there is anything on the disk that would have to go again.
         event_log = None if config.event_log is None else EventLog(Path(config.event_log), chosen)
+        clock = MonotonicClock()
+        self._request_log = open_request_log(config, clock.now_s() - time.time())
         self._door = Door(front.listener, client_descriptors(len(placements)), front.tls)
         self._run_dir = RunDirectory(front.port)
         self._supervisor = Supervisor(
@@ -132,12 +135,14 @@ class Server:
         self._dispatcher = Dispatcher(
             self._scheduler,
             self._link.send,
-            MonotonicClock(),
+            clock,
             config.lease_ttl,
             predictor,
             self._names[0],
+            config.predictor,
         )
         self._dispatcher.event_log = event_log
+        self._dispatcher.request_log = self._request_log
         for placement in placements:
             self._dispatcher.worker_event(
                 events.WorkerExpected(placement.worker_id, placement.role)
@@ -351,6 +356,9 @@ class Server:
         self._link.close()
         if self._dispatcher.event_log is not None:
             self._dispatcher.event_log.close()
+        if self._request_log is not None:
+            # A disk that hangs does not keep the rest from ending.
+            await asyncio.to_thread(self._request_log.close)
         self._predictor_state.save()
         self._run_dir.remove()
         if self._all_ready.done() and not self._all_ready.cancelled():

@@ -7,7 +7,7 @@ from array import array
 from msgspec import Struct
 
 from tinfer.api.service import Delta, Generation
-from tinfer.api.trace import Trace
+from tinfer.api.trace import Predicted, Trace
 from tinfer.clock import Clock
 from tinfer.core.lengths import Lengths
 from tinfer.master.attempts import Attempt, text_before
@@ -22,8 +22,9 @@ from tinfer.wire.links import Incarnation
 class LiveRequest(Struct):
     """One accepted request, from submit until every worker has let go of it. `prompt` and
     `emitted` are int32 token ids; `source` is where its blocks were or will be read from last;
-    `asked` what the length predictor was asked, until it is told of the end, and `lengths` what it
-    said; `finish_reason` the engine's word of the end."""
+    `asked` what the length predictor was asked, `unhinted` what it said, `lengths` that with the
+    client's own word in it, and `prediction` as it is told; `finish_reason` is the engine's word of
+    the end, and `is_counted` whether predictor and request log know of it."""
 
     generation: Generation
     prompt: bytes
@@ -31,12 +32,15 @@ class LiveRequest(Struct):
     stream: RequestStream
     timeline: Timeline
     attempt: Attempt
+    asked: Asked
+    unhinted: Lengths
+    lengths: Lengths
+    prediction: Predicted
+    is_counted: bool = False
     delivered_tokens: int = 0
     delivered_text_len: int = 0
     cached_tokens: int = 0
     source: wire.Source | None = None
-    asked: Asked | None = None
-    lengths: Lengths | None = None
     last_token_s: float = 0.0
     num_preempted: int = 0
     finish_reason: str | None = None
@@ -70,7 +74,9 @@ def deliver(
     logprobs = output.logprobs
     trace = None
     if output.finish_reason is not None:
-        trace = _trace(live, clock.now_s())
+        end_s = clock.now_s()
+        live.timeline.ended(end_s)
+        trace = trace_of(live, end_s)
         if not live.stream.ended:
             sampling = live.generation.sampling
             tally.answered(output.finish_reason, trace, sampling, live.lengths, live.num_preempted)
@@ -97,11 +103,13 @@ def _has_token(live: LiveRequest, num_new: int, now_s: float, tally: Tally) -> N
         tally.first_token(ttft_s, generation.sampling, prompt_tokens, live.cached_tokens)
 
 
-def _trace(live: LiveRequest, now_s: float) -> Trace:
+def trace_of(live: LiveRequest, now_s: float) -> Trace:
+    """How it was served, for one whose last token came at `now_s`."""
     return live.timeline.trace(
         live.stream.request_id,
         len(live.generation.prompt_token_ids),
         live.cached_tokens,
         live.delivered_tokens,
         now_s,
+        live.prediction,
     )

@@ -33,11 +33,12 @@ from tinfer.master.attempts import Attempt, next_attempt, remainder, to_start
 from tinfer.master.event_log import EventLog
 from tinfer.master.live import LiveRequest, deliver
 from tinfer.master.metrics.tally import ResumeForm, Tally
-from tinfer.master.prediction import Prediction
+from tinfer.master.prediction import Prediction, told
+from tinfer.master.request_log import RequestLog
 from tinfer.master.scheduling import block_hashes
 from tinfer.master.streams import RequestStream
 from tinfer.master.timeline import StartKind, Timeline
-from tinfer.predict.asked import Asked, Predictor
+from tinfer.predict.asked import Predictor
 from tinfer.wire import messages as wire
 from tinfer.wire.links import Incarnation
 
@@ -62,12 +63,14 @@ class Dispatcher:
         lease_ttl_s: float,
         predictor: Predictor,
         model: str = "",
+        predictor_name: str = "",
     ) -> None:
         self._scheduler = scheduler
         self._send = send
         self._clock = clock
         self._lease_ttl_s = lease_ttl_s
-        self._prediction = Prediction(predictor, model)
+        self._prediction = Prediction(predictor, model, predictor_name)
+        self._request_log: RequestLog | None = None
         self.event_log: EventLog | None = None
         self._refused_role: str | None = None
         self.on_drained: Callable[[Incarnation], None] = _nobody_drains
@@ -94,33 +97,39 @@ class Dispatcher:
         timeline = Timeline(self._clock.now_s())
         prompt = array("i", prompt_ids).tobytes()
         asked = self._prediction.asked(request_id, generation, prompt)
-        arrived = self._arrival(asked, generation, prompt)
-        self._live[request_id] = LiveRequest(
+        unhinted, lengths = self._prediction.predict(asked)
+        self._live[request_id] = live = LiveRequest(
             generation,
             prompt,
             array("i"),
             stream,
             timeline,
             Attempt(),
-            asked=asked,
-            lengths=arrived.lengths,
+            asked,
+            unhinted,
+            lengths,
+            told(lengths, self._prediction.name),
         )
-        refusal = self._post(arrived, refusing=request_id)
+        refusal = self._post(self._arrival(live), refusing=request_id)
         if refusal is not None:
             self._live.pop(request_id, None)
+            stream.fail(refusal)
+            self._log(live)
             raise refusal
         self.tally.accepted(generation)
         return stream
 
-    def _arrival(self, asked: Asked, generation: Generation, prompt: bytes) -> events.Arrived:
+    def _arrival(self, live: LiveRequest) -> events.Arrived:
         """What the scheduler is told of a request."""
+        asked, tokens = live.asked, self.block_tokens
         return events.Arrived(
             asked.request_id,
             prompt_tokens=asked.prompt_tokens,
             max_output_tokens=asked.max_output_tokens,
-            route=generation.route,
-            lengths=self._prediction.predict(asked),
-            block_hashes=block_hashes(prompt, self.block_tokens) if self.block_tokens else (),
+            route=live.generation.route,
+            lengths=live.lengths,
+            block_hashes=block_hashes(live.prompt, tokens) if tokens else (),
+            priority=live.generation.hints.priority,
         )
 
     def tick(self) -> None:
@@ -130,6 +139,9 @@ class Dispatcher:
 
     def _cancelled(self, request_id: str) -> None:
         self.tally.left()
+        live = self._live.get(request_id)
+        if live is not None:
+            live.timeline.ended(self._clock.now_s())
         self._post(events.Cancelled(request_id))
         self._forget_if_over(request_id)
 
@@ -151,7 +163,7 @@ class Dispatcher:
         """End every stream with an error, at the end of a shutdown that could not wait longer."""
         for live in list(self._live.values()):
             self._end(live, error, "stopping")
-            self._prediction.over(live)
+            self._over(live)
 
     # --- workers ------------------------------------------------------------------------------
 
@@ -319,8 +331,30 @@ class Dispatcher:
         live = self._live.get(request_id)
         if live is not None and live.stream.ended and not live.workers:
             del self._live[request_id]
-            self._prediction.over(live)
+            self._over(live)
             self.num_finished += 1
+
+    def _over(self, live: LiveRequest) -> None:
+        """A request has ended: predictor and request log are told, once."""
+        if not live.is_counted:
+            live.is_counted = True
+            self._prediction.over(live)
+            self._log(live)
+
+    def _log(self, live: LiveRequest) -> None:
+        if self._request_log is not None:
+            live.timeline.ended(self._clock.now_s())
+            self._request_log.add(live, self._prediction.model)
+
+    @property
+    def request_log(self) -> RequestLog | None:
+        """Where a line for each request goes when it has ended."""
+        return self._request_log
+
+    @request_log.setter
+    def request_log(self, request_log: RequestLog | None) -> None:
+        self._request_log = request_log
+        self._prediction.keeps_hashes |= request_log is not None
 
     # --- the scheduler ------------------------------------------------------------------------
 
@@ -434,7 +468,7 @@ class Dispatcher:
         live = self._live.pop(request_id, None)
         if live is not None:
             self._end(live, error, cause)
-            self._prediction.over(live)
+            self._over(live)
             self.num_finished += 1
 
 

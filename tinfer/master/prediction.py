@@ -3,61 +3,81 @@
 from __future__ import annotations
 
 from tinfer.api.service import Generation
+from tinfer.api.trace import Predicted
 from tinfer.core.lengths import Lengths
 from tinfer.master.live import LiveRequest
 from tinfer.predict.asked import Asked, End, Features, LearningPredictor, Predictor
+from tinfer.predict.hashes import head_of
+from tinfer.predict.hints import Hints
 
 # What an engine says of an answer's end, where it says anything.
 _ENDS = {"stop": End.STOP, "length": End.LENGTH, "abort": End.ABORT, "error": End.ERROR}
+# The interval that a client is told holds 80 %.
+_LOW, _MIDDLE, _HIGH = 0.1, 0.5, 0.9
 
 
 class Prediction:
-    """The predictor of one server, and the name of the model that it serves.
+    """The predictor of one server, by its name, and the name of the model that it serves.
 
-    A prompt is hashed for a predictor that learns, and only for one.
+    A prompt is hashed for a predictor that learns or a log (`keeps_hashes`), and only for these; of
+    one with a hint, its beginning.
     """
 
-    def __init__(self, predictor: Predictor, model: str = "") -> None:
+    def __init__(self, predictor: Predictor, model: str = "", name: str = "") -> None:
         self._predictor = predictor
         self._learner = predictor if isinstance(predictor, LearningPredictor) else None
+        self._hints = Hints()
+        self.keeps_hashes = self._learner is not None
         self.model = model
+        self.name = name
 
     def asked(self, request_id: str, generation: Generation, prompt: bytes) -> Asked:
         """What a predictor is asked of a request; `prompt` is int32 token ids."""
         sampling = generation.sampling
         runs_to_bound = sampling.ignore_eos and not sampling.stop
+        expected = generation.hints.expected_output_tokens
         return Asked(
             request_id,
             prompt_tokens=len(generation.prompt_token_ids),
             max_output_tokens=sampling.max_tokens,
             output_tokens=sampling.max_tokens if runs_to_bound else None,
             runs_to_bound=runs_to_bound,
-            features=self._features(prompt),
+            features=self._features(prompt, expected is not None),
+            expected_output_tokens=expected,
         )
 
-    def predict(self, asked: Asked) -> Lengths:
-        """How long its answer will be."""
-        return self._predictor.predict(asked)
+    def predict(self, asked: Asked) -> tuple[Lengths, Lengths]:
+        """How long its answer will be: by the predictor, and with the client's word in it."""
+        lengths = self._predictor.predict(asked)
+        return lengths, self._hints.blended(asked, lengths)
 
     def over(self, live: LiveRequest) -> None:
-        """A request has ended, which counts once: what it has and how its answer ended.
+        """A request has ended: what it has and how its answer ended. Said once for each.
 
         Whatever is no end of the answer's own cut it, a client that left as well as a dead worker.
         """
-        asked, live.asked = live.asked, None
-        if self._learner is not None and asked is not None:
-            self._learner.observe(asked, live.delivered_tokens, _end_of(live))
+        end = end_of(live)
+        self._hints.observe(live.asked, live.unhinted, live.delivered_tokens, end)
+        if self._learner is not None:
+            self._learner.observe(live.asked, live.delivered_tokens, end)
 
-    def _features(self, prompt: bytes) -> Features:
-        if self._learner is None:
-            return Features()
+    def _features(self, prompt: bytes, is_hinted: bool) -> Features:
+        if not self.keeps_hashes:
+            return Features(head=head_of(prompt)) if is_hinted else Features()
         # With numpy, which the others do without.
         from tinfer.predict.features import features_of_tokens
 
         return features_of_tokens(prompt, self.model)
 
 
-def _end_of(live: LiveRequest) -> End:
+def end_of(live: LiveRequest) -> End:
+    """How the answer of a request that is over ended."""
     if live.finish_reason is not None:
         return _ENDS.get(live.finish_reason, End.ERROR)
-    return End.ERROR if live.stream.has_failed else End.ABORT
+    return End.ABORT if live.stream.failure is None else End.ERROR
+
+
+def told(lengths: Lengths, predictor: str) -> Predicted:
+    """A prediction as a client and the request log have it."""
+    low, middle, high = map(lengths.quantile, (_LOW, _MIDDLE, _HIGH))
+    return Predicted(predictor, round(middle, 1), round(low, 1), round(high, 1))

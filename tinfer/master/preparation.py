@@ -20,6 +20,7 @@ from tinfer.master.limits import client_descriptors, raise_descriptor_limit
 from tinfer.master.parsers import check_parsers
 from tinfer.master.plan import Decision, Plan
 from tinfer.master.predictor_state import check_state_option
+from tinfer.master.request_log import check_request_log_options
 from tinfer.master.tuned import stored_tuning
 
 
@@ -60,6 +61,7 @@ def _decide(config: ServeConfig, claims: CoreClaims) -> tuple[ServeConfig, Decis
         check_writable(Path(config.event_log))
     check_state_option(config)
     check_parsers(config)
+    check_request_log_options(config)
     around = plan.look_around(config, claims)
     decision = plan.decide(config, around)
     tuning = stored_tuning(config, decision, around.gpus)

@@ -119,6 +119,13 @@ class MasterService:
             raise InvalidRequest(message, param="worker")
         self._dispatcher.ask_role(Incarnation(worker_id, slot.generation), role)
 
+    def _request_log(self) -> dict[str, int] | None:
+        """Its lines; null where there is none."""
+        request_log = self._dispatcher.request_log
+        if request_log is None:
+            return None
+        return {"num_written": request_log.num_written, "num_lost": request_log.num_lost}
+
     def state(self) -> dict[str, Any]:
         views = {view.worker_id: view for view in self._scheduler.workers_snapshot()}
         workers = []
@@ -150,5 +157,6 @@ class MasterService:
             "requests_by_phase": self._scheduler.ledger_snapshot().requests_by_phase,
             "num_finished": self._dispatcher.num_finished,
             "num_restarts": self._dispatcher.num_restarts,
+            "request_log": self._request_log(),
             "loop_lag": {"bounds_s": BOUNDS_S, "counts": self._lag.counts},
         }

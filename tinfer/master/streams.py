@@ -33,9 +33,9 @@ class RequestStream:
         return self._request_id
 
     @property
-    def has_failed(self) -> bool:
-        """Whether it ended with an error."""
-        return self._error is not None
+    def failure(self) -> TinferError | None:
+        """The error that it ended with."""
+        return self._error
 
     # --- the dispatcher's side ----------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from tinfer.api.trace import Trace
+from tinfer.api.trace import Predicted, Trace
 from tinfer.wire import messages as wire
 
 StartKind = Literal["prefill", "decode", "whole"]
@@ -28,6 +28,7 @@ class Timeline(Struct):
     installed_s: float | None = None
     pull: wire.PullDone | None = None
     num_starts: int = 0
+    ended_s: float | None = None
 
     def started(self, kind: StartKind, worker_id: str, now_s: float) -> None:
         """The request was sent to a worker. Of one that begins again the workers are the last
@@ -45,6 +46,11 @@ class Timeline(Struct):
         """A token is there; only the first one counts."""
         if self.first_token_s is None:
             self.first_token_s = now_s
+
+    def ended(self, now_s: float) -> None:
+        """The answer is complete or was cut; only the first end counts."""
+        if self.ended_s is None:
+            self.ended_s = now_s
 
     def pulled(self, pull: wire.PullDone, now_s: float) -> bool:
         """The decode worker has the blocks, or knows that it will not get them. What is pulled
@@ -68,6 +74,7 @@ class Timeline(Struct):
         cached_tokens: int,
         output_tokens: int,
         now_s: float,
+        prediction: Predicted | None = None,
     ) -> Trace:
         """The figures of a request whose last token came at `now_s`."""
         decode_s = _between(self.first_token_s, now_s)
@@ -92,6 +99,7 @@ class Timeline(Struct):
             tpot_s=None if decode_s is None or gaps < 1 else round(decode_s / gaps, NUM_DIGITS),
             restarts=max(0, self.num_starts - 1),
             e2el_s=round(now_s - self.arrived_s, NUM_DIGITS),
+            prediction=prediction,
         )
 
 

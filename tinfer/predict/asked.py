@@ -28,6 +28,7 @@ class Asked(Struct, frozen=True):
     `output_tokens` is the true length of its answer where it is known: to a simulation, and in a
     benchmark that has the answer run to its bound; None anywhere else. Only oracles look at it.
     `runs_to_bound`: its client has the answer go on until it is `max_output_tokens` long.
+    `expected_output_tokens`, at least 1, is what the client says; only `hints` looks at it.
     """
 
     request_id: str
@@ -36,6 +37,7 @@ class Asked(Struct, frozen=True):
     output_tokens: int | None = None
     runs_to_bound: bool = False
     features: Features = Features()
+    expected_output_tokens: int | None = None
 
 
 class End(enum.Enum):

@@ -14,17 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinfer.predict.asked import Features
+from tinfer.predict.hashes import hashed, head_of
 
 NUM_SLOTS = 32
 SIGNATURE_BYTES = 2 * NUM_SLOTS
-# Of a chat template, 32 tokens are past its own words and into the system prompt.
-HEAD_TOKENS = 32
 TAIL_TOKENS = 128
 GRAM_TOKENS = 3
 # Tokens of a segment that is known by its seed alone, for each of which stands one n-gram.
 PIECE_TOKENS = 8
-_TOKEN_BYTES = 4
-_HASH_BYTES = 8
 
 
 def _constants(purpose: str, num: int) -> NDArray[np.uint64]:
@@ -42,7 +39,7 @@ _HALF = np.uint64(32)
 def features_of_tokens(prompt: bytes, model: str = "") -> Features:
     """Of a prompt as int32 token ids, for the model of that name."""
     model_hash = hashed(model.encode())
-    head = hashed(prompt[: HEAD_TOKENS * _TOKEN_BYTES])
+    head = head_of(prompt)
     ids = np.frombuffer(prompt, dtype=np.int32)[-TAIL_TOKENS:].astype(np.uint64)
     num_grams = len(ids) - GRAM_TOKENS + 1
     if num_grams < 1:
@@ -70,13 +67,6 @@ def features_of_segments(segments: Sequence[tuple[str, int]], tenant: str = "") 
         if missing <= 0:
             break
     return Features(0, hashed(head.encode()), _signature(np.array(pieces, dtype=np.uint64)))
-
-
-def hashed(content: bytes) -> int:
-    """64 bits of a hash; 0 for nothing."""
-    if not content:
-        return 0
-    return int.from_bytes(hashlib.blake2b(content, digest_size=_HASH_BYTES).digest(), "little")
 
 
 def slots_of(signature: bytes) -> NDArray[np.uint16]:

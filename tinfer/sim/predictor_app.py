@@ -9,7 +9,8 @@
 | `mean_output_tokens` | of those that are scored: `stop` and `length` |
 | `predictors` | by name: the figures, see `Score` in tinfer/sim/scores.py |
 
-`shuffled` is the predictor `online` where each request got another one's answer: what it has of
+`online+hints` is there where clients said how long they expect answers to be: `online` with that in
+it. `shuffled` is the predictor `online` where each request got another one's answer: what it has of
 skill there is none.
 """
 
@@ -28,7 +29,17 @@ from tinfer.errors import StartError
 from tinfer.predict.asked import End
 from tinfer.sim import report
 from tinfer.sim.app import write
-from tinfer.sim.prequential import ARMS, SHUFFLED, Trial, mean_tokens, play, shuffled, trials_of
+from tinfer.sim.prequential import (
+    ARMS,
+    HINTED,
+    SHUFFLED,
+    Hinted,
+    Trial,
+    mean_tokens,
+    play,
+    shuffled,
+    trials_of,
+)
 from tinfer.sim.scores import GRANULARITIES, Score, score
 from tinfer.workloads import read_log
 
@@ -81,7 +92,10 @@ def evaluated(options: EvalOptions) -> tuple[dict[str, Any], dict[str, Score]]:
 
 def scores_of(trials: Sequence[Trial], num_skipped: int = 0, seed: int = 0) -> dict[str, Score]:
     """Of every arm and of the shuffled check. `ValueError` if there is nothing to score."""
-    scores = {name: score(trials, play(make(), trials), num_skipped) for name, make in ARMS.items()}
+    arms = dict(ARMS)
+    if any(trial.asked.expected_output_tokens is not None for trial in trials):
+        arms[HINTED] = Hinted
+    scores = {name: score(trials, play(make(), trials), num_skipped) for name, make in arms.items()}
     others = shuffled(trials, seed)
     scores[SHUFFLED] = score(others, play(ARMS[ONLINE](), others), num_skipped)
     return scores

@@ -14,8 +14,10 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from tinfer.core.lengths import Lengths, certain
-from tinfer.predict.asked import Asked, End, LearningPredictor, Predictor
-from tinfer.predict.features import features_of_segments
+from tinfer.predict.asked import Asked, End, Features, LearningPredictor, Predictor
+from tinfer.predict.features import SIGNATURE_BYTES, features_of_segments
+from tinfer.predict.hashes import from_hex, hashed
+from tinfer.predict.hints import Hints
 from tinfer.predict.online import OnlinePredictor
 from tinfer.predict.predictors import MaxTokens, Prior
 from tinfer.workloads import LogRecord
@@ -78,6 +80,26 @@ class PromptLengthOnly:
         self._online.observe(_blinded(asked), output_tokens, end)
 
 
+class Hinted:
+    """The online predictor with what clients say of the lengths of their answers, as a server has
+    it."""
+
+    def __init__(self) -> None:
+        self._online = OnlinePredictor()
+        self._hints = Hints()
+        # By request, what was predicted without its hint; until it is observed.
+        self._said: dict[str, Lengths] = {}
+
+    def predict(self, asked: Asked) -> Lengths:
+        self._said[asked.request_id] = lengths = self._online.predict(asked)
+        return self._hints.blended(asked, lengths)
+
+    def observe(self, asked: Asked, output_tokens: int, end: End) -> None:
+        said = self._said.pop(asked.request_id, None) or self._online.predict(asked)
+        self._hints.observe(asked, said, output_tokens, end)
+        self._online.observe(asked, output_tokens, end)
+
+
 # What stands beside each other; the shuffled check is `online` on other answers.
 ARMS: dict[str, Callable[[], Predictor]] = {
     "online": OnlinePredictor,
@@ -87,6 +109,8 @@ ARMS: dict[str, Callable[[], Predictor]] = {
     "tenant-mean": TenantMean,
 }
 SHUFFLED = "shuffled"
+# Beside the others where clients have said how long they expect answers to be.
+HINTED = "online+hints"
 
 
 def trials_of(records: Iterable[LogRecord], max_tokens: int | None = None) -> list[Trial]:
@@ -102,7 +126,8 @@ def trials_of(records: Iterable[LogRecord], max_tokens: int | None = None) -> li
 
 
 def play(predictor: Predictor, trials: Sequence[Trial]) -> list[Told]:
-    """What a new predictor says of each trial; they are in order of arrival."""
+    """What a new predictor says of each trial; they are in order of arrival. In the end it has seen
+    the ends of all."""
     learner = predictor if isinstance(predictor, LearningPredictor) else None
     running: list[tuple[float, int]] = []
     told: list[Told] = []
@@ -113,6 +138,8 @@ def play(predictor: Predictor, trials: Sequence[Trial]) -> list[Told]:
         lengths = predictor.predict(trial.asked)
         told.append(Told(lengths, time.perf_counter() - start_s))
         heapq.heappush(running, (trial.ends_s, number))
+    while running:
+        _observe(learner, trials[heapq.heappop(running)[1]])
     return told
 
 
@@ -146,12 +173,14 @@ def _with(trial: Trial, output_tokens: int, end: End) -> Trial:
 
 
 def _trial(record: LogRecord, max_tokens: int | None) -> Trial:
-    segments = record.segments or ()
     asked = Asked(
         record.request_id,
         prompt_tokens=record.prompt_tokens,
         max_output_tokens=max_tokens or record.max_output_tokens,
-        features=features_of_segments(segments, "" if segments else record.tenant),
+        # Under another bound it would have been another one.
+        runs_to_bound=record.runs_to_bound and max_tokens is None,
+        features=_features(record),
+        expected_output_tokens=record.expected_output_tokens,
     )
     arrives_s = record.arrival_s if record.sent_s is None else record.sent_s
     # Whoever does not say when an answer ended has it known before the next request comes.
@@ -160,6 +189,20 @@ def _trial(record: LogRecord, max_tokens: int | None) -> Trial:
     if max_tokens is None or not trial.is_whole:
         return trial
     return _with(trial, trial.output_tokens, End.STOP)
+
+
+def _features(record: LogRecord) -> Features:
+    """What a server has kept of the prompt, or would have kept."""
+    if not record.prompt_head:
+        segments = record.segments or ()
+        return features_of_segments(segments, "" if segments else record.tenant)
+    signature = record.prompt_signature
+    return Features(
+        model=hashed(record.model.encode()),
+        head=from_hex(record.prompt_head),
+        # One of another version says nothing here.
+        signature=signature if len(signature) == SIGNATURE_BYTES else b"",
+    )
 
 
 def _end_of(record: LogRecord) -> End:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from tinfer.workloads.catalogue import WORKLOADS, Workload, make
 from tinfer.workloads.lengths import Limits
 from tinfer.workloads.log import SCHEMA_VERSION, LogRecord, encode_record, read_log, write_log
+from tinfer.workloads.prefixes import prefix_segments
 from tinfer.workloads.replay import from_log
 from tinfer.workloads.requests import Request, Segment, prompt_token_ids
 from tinfer.workloads.spec import WorkloadSpec
@@ -31,6 +32,7 @@ __all__ = [
     "from_log",
     "make",
     "percentile",
+    "prefix_segments",
     "prompt_token_ids",
     "read_log",
     "summarise",

@@ -17,7 +17,7 @@ from msgspec import Meta, Struct
 
 from tinfer.workloads.requests import Segment
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Tokens = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(ge=0.0)]
@@ -28,9 +28,18 @@ class LogRecord(Struct, frozen=True, kw_only=True):
 
     What was asked:
     `request_id`: unique within the log.
-    `arrival_s`: when it was due, in seconds from the start of the run.
+    `arrival_s`: when it was due, in seconds from the start of the run; in a server's log, since
+    1970, so that the logs of several starts go together.
     `task`, `tenant`, `session`, `turn`, `after`, `segments`: as in `requests.Request`; `segments`
-    is a list of [seed, num_tokens], null where only the prompt's length is known.
+    is a list of [seed, num_tokens], null where only the prompt's length is known; in a server's
+    log the seeds are hashes, see `prefixes`.
+    `model`: the name under which it was served.
+    `prompt_head`, `prompt_signature`: what a predictor that learns keeps of a prompt, hashes of its
+    beginning (hex digits) and of its n-grams (in JSON as base64), see tinfer/predict/features.py;
+    "" where they were not made.
+    `runs_to_bound`: the client had the answer go on until it was `max_output_tokens` long.
+    `expected_output_tokens`, `priority`, `deadline_s`: the client's own words on the length of the
+    answer, on its turn (lower goes first), and on how long it may take.
     `prompt_tokens`: length of the prompt, as the server counted it where it did.
     `max_output_tokens`: how many output tokens were asked for.
 
@@ -41,7 +50,7 @@ class LogRecord(Struct, frozen=True, kw_only=True):
     `sent_s`: when it left the client, on the clock of `arrival_s`; what lies between is the
     client's own lag, or its wait for a place under `--max-concurrency`.
     `ttft_s`: from leaving the client (in a server's log: from being accepted) to the first token.
-    `e2el_s`: from the same moment to the last token.
+    `e2el_s`: from the same moment to the last token; in a server's log also to where it was cut.
     `itl_s`: the gaps between consecutive writes of tokens, in order; null if not kept.
 
     How it was computed, as far as the writer can see:
@@ -49,7 +58,8 @@ class LogRecord(Struct, frozen=True, kw_only=True):
     `workers`: worker ids in the order in which they computed it, the prefill worker first.
     `handoff_s`: from prefill done to the blocks being installed on the decode worker.
     `cached_tokens`: prompt tokens that a prefix cache held.
-    `predicted_output_tokens`: the length predicted at arrival, as its median.
+    `predictor`, `predicted_output_tokens`: what predicted the answer's length at arrival, and its
+    median; with 80 % it was to lie from `predicted_low_tokens` to `predicted_high_tokens`.
     """
 
     request_id: str
@@ -74,6 +84,16 @@ class LogRecord(Struct, frozen=True, kw_only=True):
     handoff_s: Seconds | None = None
     cached_tokens: Tokens | None = None
     predicted_output_tokens: Annotated[float, Meta(ge=0.0)] | None = None
+    predicted_low_tokens: Annotated[float, Meta(ge=0.0)] | None = None
+    predicted_high_tokens: Annotated[float, Meta(ge=0.0)] | None = None
+    predictor: str = ""
+    model: str = ""
+    prompt_head: Annotated[str, Meta(pattern="^([0-9a-f]{16})?$")] = ""
+    prompt_signature: bytes = b""
+    runs_to_bound: bool = False
+    expected_output_tokens: Annotated[int, Meta(ge=1)] | None = None
+    priority: int = 0
+    deadline_s: Seconds | None = None
     schema_version: Annotated[int, Meta(ge=1)] = SCHEMA_VERSION
 
 

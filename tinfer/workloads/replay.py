@@ -17,10 +17,11 @@ def from_log(
 ) -> list[Request]:
     """The logged requests as a workload by arrival, the first at 0, `speed` > 0 times as fast.
 
-    An answer is as long as the logged one; after an error, or where none came, as long as was asked
-    for. A record without segments gets one of its own, seeded by its id, so it shares no prefix;
-    where there are segments, they are the prompt, whatever the server counted. `limits` scales and
-    cuts prompts at the same places for equal leading segments, so what was shared stays shared.
+    An answer is as long as the logged one; after an error, or where none came, as long as was
+    predicted, or as was asked for where nobody predicted. A record without segments gets one of its
+    own, seeded by its id, so it shares no prefix; where there are segments, they are the prompt,
+    whatever the server counted. `limits` scales and cuts prompts at the same places for equal
+    leading segments, so what was shared stays shared.
     `after` is kept if that request is logged.
     Raises `ValueError` if two records have one id or `speed` is not above 0.
     """
@@ -38,7 +39,7 @@ def from_log(
 
 def _request(record: LogRecord, arrival_s: float, limits: Limits, known: set[str]) -> Request:
     is_whole = record.error is None and record.output_tokens > 0
-    answered = record.output_tokens if is_whole else record.max_output_tokens
+    answered = record.output_tokens if is_whole else _likely_tokens(record)
     return Request(
         request_id=record.request_id,
         arrival_s=arrival_s,
@@ -50,6 +51,14 @@ def _request(record: LogRecord, arrival_s: float, limits: Limits, known: set[str
         turn=record.turn,
         after=record.after if record.after in known else None,
     )
+
+
+def _likely_tokens(record: LogRecord) -> int:
+    """Of an answer that nobody has seen whole."""
+    predicted = record.predicted_output_tokens
+    if predicted is None:
+        return record.max_output_tokens
+    return min(record.max_output_tokens, max(1, round(predicted)))
 
 
 def _segments(record: LogRecord) -> tuple[Segment, ...]:

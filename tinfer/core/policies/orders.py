@@ -2,17 +2,19 @@
 
 The paper's modes sort `prefill_sched_batch` requests at a time, and nothing overtakes a batch: that
 bounds how long a long prompt waits under `sjf` (arXiv 2401.11181, section 3.3.1). Ours is shortest
-remaining prefill first, with ageing and deadlines.
+remaining prefill first, with ageing and deadlines. What clients ask for by `priority` goes before
+all of them.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 from tinfer.core.costs import CostModel
 from tinfer.core.fleet import Fleet
+from tinfer.core.policies.interfaces import PrefillOrder
 from tinfer.core.requests import Request
 
 
@@ -143,6 +145,40 @@ class Srpt:
             if latest_s >= horizon_s:
                 return
             yield request
+
+
+class ByPriority:
+    """A queue for every priority that waits, the lowest number first: nothing starts before all
+    that is of a lower one, as in vLLM's priority scheduling. Each has an order from `make`."""
+
+    def __init__(self, make: Callable[[], PrefillOrder]) -> None:
+        self._make = make
+        # In order of priority; none is empty.
+        self._levels: dict[int, PrefillOrder] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._levels.values()))
+
+    def add(self, request: Request, now_s: float) -> None:
+        if request.priority not in self._levels:
+            self._levels[request.priority] = self._make()
+            self._levels = dict(sorted(self._levels.items()))
+        self._levels[request.priority].add(request, now_s)
+
+    def discard(self, request: Request) -> None:
+        level = self._levels.get(request.priority)
+        if level is not None:
+            level.discard(request)
+            if not len(level):
+                del self._levels[request.priority]
+
+    def in_order(self, now_s: float) -> Iterator[Request]:
+        for level in self._levels.values():
+            yield from level.in_order(now_s)
+
+    def listed(self, now_s: float) -> Iterator[Request]:
+        for level in self._levels.values():
+            yield from level.listed(now_s)
 
 
 def _remove(ordered: list[tuple[float, int, Request]], entry: tuple[float, int, Request]) -> None:

@@ -23,7 +23,7 @@ from tinfer.core.policies.interfaces import (
     ReaderChoice,
     WorkerChoice,
 )
-from tinfer.core.policies.orders import Batched, Fcfs, Srpt
+from tinfer.core.policies.orders import Batched, ByPriority, Fcfs, Srpt
 from tinfer.core.policies.placers import SplitPlacer, WholePlacer
 from tinfer.core.policies.preemption import Cheapest, Elsewhere, Here
 from tinfer.core.policies.prefill import EarliestFinish, LeastLoaded
@@ -107,7 +107,7 @@ def build_policies(config: SchedulerConfig, fleet: Fleet, demand: Demand) -> Pol
     split = SplitPlacer(found(START_CHOICES, "prefill_choice")(config), whole)
     return Policies(
         wish=found(ROUTES, "route"),
-        queues={wish: order(config, fleet) for wish in wishes},
+        queues={wish: ByPriority(lambda: order(config, fleet)) for wish in wishes},
         placers={
             Route.SPLIT: split,
             Route.WHOLE: whole,
