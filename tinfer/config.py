@@ -16,6 +16,7 @@ from msgspec import Meta, Struct
 
 from tinfer.engine_args import refusal
 from tinfer.errors import StartError
+from tinfer.slo import slo_bounds_s
 
 Positive = Annotated[int, Meta(ge=1)]
 # Of which vLLM takes all at once, as '["a", "b"]', where here each can be given alone.
@@ -398,7 +399,7 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def slo_s(self) -> dict[str, float]:
         """The bounds of `slo` in seconds, by metric."""
-        return _bounds_s(self.slo)
+        return slo_bounds_s(self.slo)
 
     @property
     def max_logprobs(self) -> int:
@@ -459,7 +460,7 @@ def _fault(name: str, value: Any) -> str:
         return f": {value} is not a finite number"
     if name == "slo":
         try:
-            _bounds_s(value)
+            slo_bounds_s(value)
         except ValueError as error:
             return f": {error}"
     if name == "engine_arg":
@@ -467,18 +468,6 @@ def _fault(name: str, value: Any) -> str:
             if reason := refusal(argument, given, ServeConfig.__struct_fields__):
                 return f" {argument}: {reason}"
     return ""
-
-
-def _bounds_s(slo: tuple[str, ...]) -> dict[str, float]:
-    """The bounds in seconds, by metric. Raises `ValueError` for what is none."""
-    bounds: dict[str, float] = {}
-    for pair in ",".join(slo).split(",") if slo else ():
-        name, _, text = pair.partition(":")
-        bound_ms = float(text)
-        if name in bounds or bound_ms <= 0:
-            raise ValueError(f"{name} has two bounds" if name in bounds else f"{pair} is no time")
-        bounds[name] = bound_ms / 1e3
-    return bounds
 
 
 def _flattened(values: dict[str, Any]) -> dict[str, Any]:

@@ -42,8 +42,10 @@ class _ServeCommand(click.Command):
             flag = error.option_name
             if reason := why_no_option(flag):
                 raise click.UsageError(f"{flag}: {reason}", ctx) from error
-            if flag.startswith("--") and not error.possibilities:
+            if flag.startswith("--"):
                 way = f"for one of vLLM's own: --engine-arg {plain_name(flag)}=VALUE"
+                if error.possibilities:
+                    way += f". Did you mean {' or '.join(sorted(error.possibilities))}?"
                 raise click.UsageError(f"No such option: {flag}; {way}", ctx) from error
             raise
 

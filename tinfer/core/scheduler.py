@@ -2,11 +2,10 @@
 
 It is the only writer of scheduling state, and pure: no clock, no I/O, no randomness of its own, so
 that the live loop and the simulator share it and a recorded event log replays to the same actions.
-Its invariants: every accepted request ends exactly once, and the death of its worker is
-no end while another is up or to come; blocks are given up only on word that
-their reader has stopped; no action addresses an incarnation that is not live. `LifecycleError` or
-`LedgerError` out of `on_event` means that one of them would break; the events named below as late
-are the ones that a race explains, and those are ignored.
+Its invariants: every accepted request ends exactly once, and the death of its worker is no end
+while another is up or to come; blocks are given up only on word that their reader has stopped; no
+action addresses an incarnation that is not live. `LifecycleError` or `LedgerError` out of
+`on_event` means that one of them would break; events named below as late are explained by a race.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from tinfer.core.lengths import certain
 from tinfer.core.losses import Losses
 from tinfer.core.policies.flips import Flip, why_not_flip
 from tinfer.core.policies.interfaces import Placement
-from tinfer.core.policies.orders import Fcfs
+from tinfer.core.policies.orders import Fcfs, ageing_tokens_per_s
 from tinfer.core.policies.registry import build_policies
 from tinfer.core.preemption import Preemptions
 from tinfer.core.promises import Promises, QueueView
@@ -40,8 +39,6 @@ from tinfer.core.worker import Worker
 
 # How long what arrived counts as what is asked for.
 DEMAND_MEMORY_S = 30.0
-# More prompt tokens per second of waiting than any two prompts differ by.
-FIRST_COME = 1e18
 
 
 class Scheduler:
@@ -481,13 +478,6 @@ class Scheduler:
 
     def _release(self, lease: Lease) -> None:
         self._actions.append(ev.ReleaseLease(self._ledger.release(lease)))
-
-
-def ageing_tokens_per_s(config: SchedulerConfig) -> float:
-    """Prompt tokens less that a second of waiting counts as; by order of arrival none overtakes."""
-    if config.prefill_order != "srpt":
-        return FIRST_COME
-    return config.ageing / max(config.costs.prefill_token_s, 1e-9)
 
 
 def _turn(request: Request) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from tinfer.clock import Clock
 from tinfer.core import events
 from tinfer.core.sampling import SamplingSpec
 from tinfer.core.scheduler import Scheduler
-from tinfer.core.types import LeaseKey, Role, WaitingSnapshot
+from tinfer.core.types import Role, WaitingSnapshot
 from tinfer.errors import (
     EngineFailed,
     InvalidRequest,
@@ -38,6 +38,7 @@ from tinfer.master.request_log import RequestLog
 from tinfer.master.scheduling import block_hashes
 from tinfer.master.streams import RequestStream
 from tinfer.master.timeline import StartKind, Timeline
+from tinfer.master.translation import key_of, lease_of, owner_of, source_key, stepped
 from tinfer.predict.asked import Predictor
 from tinfer.wire import messages as wire
 from tinfer.wire.links import Incarnation
@@ -219,7 +220,7 @@ class Dispatcher:
                     if (live := self._live.get(request_id)) is not None:
                         live.num_preempted += 1
                 step_s = self._clock.now_s()
-                self._post(_stepped(sender, message))
+                self._post(stepped(sender, message))
                 for output in outputs:
                     if self._may_speak(sender, output.request_id):
                         self._output(sender, output, step_s)
@@ -228,10 +229,10 @@ class Dispatcher:
             case wire.LeasesEnded(leases, stats):
                 self.stats[sender] = stats
                 for lease in leases:
-                    self._post(events.LeaseEnded(_key(sender, lease)))
+                    self._post(events.LeaseEnded(key_of(sender, lease)))
             case wire.LeasesOverdue(leases):
                 for lease in leases:
-                    self._post(events.LeaseOverdue(_key(sender, lease)))
+                    self._post(events.LeaseOverdue(key_of(sender, lease)))
             case wire.Aborted(request_ids):
                 for request_id in request_ids:
                     if self._may_speak(sender, request_id):
@@ -270,14 +271,12 @@ class Dispatcher:
         if output.finish_reason is not None:
             self._left(sender, request_id, answered=output.finish_reason != "error")
             if source is not None:
-                self._post(events.LeaseOpened(_source_key(source), source.num_blocks))
+                self._post(events.LeaseOpened(source_key(source), source.num_blocks))
         elif source is not None:
             if live is not None:
                 live.source = source
                 live.workers.discard(sender)
-            self._post(
-                events.Prefilled(request_id, *sender, _source_key(source), source.num_blocks)
-            )
+            self._post(events.Prefilled(request_id, *sender, source_key(source), source.num_blocks))
             self._forget_if_over(request_id)
         elif output.num_output_tokens == len(output.token_ids):
             self._post(events.FirstToken(request_id, *sender))
@@ -291,11 +290,11 @@ class Dispatcher:
             live = self._live.get(self._reprefills.pop(output.request_id)[0])
             if live is not None:
                 live.source = source
-            key = _source_key(source)
+            key = source_key(source)
             self._post(events.Prefilled(output.request_id, *sender, key, source.num_blocks))
         else:
             self._left(sender, output.request_id, answered=False)
-            self._post(events.LeaseOpened(_source_key(source), source.num_blocks))
+            self._post(events.LeaseOpened(source_key(source), source.num_blocks))
 
     def _pull_done(self, sender: Incarnation, message: wire.PullDone) -> None:
         live = self._live.get(message.request_id)
@@ -404,9 +403,9 @@ class Dispatcher:
             case events.Drained(worker_id, generation):
                 self.on_drained(Incarnation(worker_id, generation))
             case events.ReleaseLease(key):
-                self._send(_owner(key), wire.ReleaseLease(_lease(key)))
+                self._send(owner_of(key), wire.ReleaseLease(lease_of(key)))
             case events.ExtendLease(key):
-                self._send(_owner(key), wire.ExtendLease(_lease(key), self._lease_ttl_s))
+                self._send(owner_of(key), wire.ExtendLease(lease_of(key), self._lease_ttl_s))
             case events.Fail():
                 raise AssertionError("failures are handled by the caller")
             case _:
@@ -482,32 +481,3 @@ def _error_of(fail: events.Fail) -> TinferError:
     if fail.cause == "no-worker":
         return NoWorker(fail.message)
     return WorkerLost(fail.message)
-
-
-def _stepped(sender: Incarnation, step: wire.Step) -> events.Stepped:
-    stats = step.stats
-    return events.Stepped(
-        *sender,
-        num_steps=stats.num_steps,
-        busy_s=stats.busy_s,
-        num_prefill_tokens=stats.num_computed_prompt_tokens,
-        num_free_blocks=stats.num_free_blocks,
-        progress=tuple(step.progress),
-        preempted=tuple(step.preempted),
-    )
-
-
-def _key(owner: Incarnation, lease: wire.LeaseId) -> LeaseKey:
-    return LeaseKey(owner.worker_id, owner.generation, lease.slot, lease.generation)
-
-
-def _source_key(source: wire.Source) -> LeaseKey:
-    return _key(Incarnation(source.worker_id, source.worker_generation), source.lease)
-
-
-def _owner(key: LeaseKey) -> Incarnation:
-    return Incarnation(key.worker_id, key.worker_generation)
-
-
-def _lease(key: LeaseKey) -> wire.LeaseId:
-    return wire.LeaseId(key.slot, key.lease_generation)

@@ -16,6 +16,10 @@ from tinfer.core.costs import CostModel
 from tinfer.core.fleet import Fleet
 from tinfer.core.policies.interfaces import PrefillOrder
 from tinfer.core.requests import Request
+from tinfer.core.types import SchedulerConfig
+
+# More prompt tokens per second of waiting than any two prompts differ by.
+FIRST_COME = 1e18
 
 
 class Fcfs:
@@ -185,3 +189,10 @@ def _remove(ordered: list[tuple[float, int, Request]], entry: tuple[float, int, 
     """Drop the entry of that key; the arrival number makes keys unique."""
     place = bisect_left(ordered, entry[:2], key=lambda one: one[:2])
     del ordered[place]
+
+
+def ageing_tokens_per_s(config: SchedulerConfig) -> float:
+    """Prompt tokens less that a second of waiting counts as; by order of arrival none overtakes."""
+    if config.prefill_order != "srpt":
+        return FIRST_COME
+    return config.ageing / max(config.costs.prefill_token_s, 1e-9)
