@@ -40,6 +40,11 @@ class NoProcesses:
         self.deaths: Counter[tuple[str, str]] = Counter()
         self.notes: set[str] = set()
         self.ended: dict[Incarnation, str] = {}
+        self.import_s = None
+        self.transport = ""
+
+    def start_workers(self, transport: str) -> None:
+        self.transport = transport
 
     def end_worker(self, slot: WorkerSlot, reason: str, cause: str) -> None:
         assert cause == "nonsense"
@@ -100,6 +105,32 @@ async def masters(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Callable[...
 
 
 MakeMaster = Callable[..., Master]
+
+
+@pytest.mark.parametrize(
+    ("asked", "started_before"),
+    [
+        ({}, True),
+        ({"tool_call_parser": "hermes"}, True),
+        ({"tool_call_parser": "hermes", "enable_auto_tool_choice": True}, False),
+        ({"reasoning_parser": "qwen3"}, False),
+    ],
+)
+async def test_a_parser_that_cannot_be_had_costs_no_start_of_an_engine(
+    masters: MakeMaster,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: dict[str, Any],
+    started_before: bool,
+) -> None:
+    async def refuse(*_: object) -> None:
+        raise StartError("no such parser")
+
+    monkeypatch.setattr(app, "load_parsers", refuse)
+    master = masters(**asked)
+    with pytest.raises(StartError, match="no such parser"):
+        await master.server.start()
+    stand_in: Any = master.server._supervisor
+    assert bool(stand_in.transport) == started_before
 
 
 async def test_workers_count_once_all_are_there(masters: MakeMaster) -> None:

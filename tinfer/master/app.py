@@ -38,7 +38,7 @@ from tinfer.master.limits import client_descriptors, raise_descriptor_limit
 from tinfer.master.listener import Door
 from tinfer.master.loop import Dispatcher
 from tinfer.master.pairing import Pairs, pair
-from tinfer.master.parsers import load_parsers
+from tinfer.master.parsers import load_parsers, names_parsers
 from tinfer.master.plan import Decision
 from tinfer.master.predictor_state import PredictorState
 from tinfer.master.preparation import prepare
@@ -163,13 +163,15 @@ class Server:
     async def start(self) -> None:
         """Returns when requests are served. Raises `StartError`, or returns early on a signal."""
         self._changed()
-        renderer = await Renderer.load(Path(self.model_dir), self._config.chat_template)
-        # Before the workers: what the options name wrongly costs no start of an engine.
-        parsers = await load_parsers(self._config, renderer, self.model_dir)
-        if self.stopped.is_set():
-            return
         choice = await transport.choose(self._config, self._placements)
-        self._supervisor.start_workers(choice.name)
+        waits_for_parsers = names_parsers(self._config)
+        if not waits_for_parsers:
+            self._supervisor.start_workers(choice.name)
+        renderer = await Renderer.load(Path(self.model_dir), self._config.chat_template)
+        parsers = await load_parsers(self._config, renderer, self.model_dir)
+        if waits_for_parsers and not self.stopped.is_set():
+            # Only now: a parser that cannot be had costs no start of an engine.
+            self._supervisor.start_workers(choice.name)
         stopped = asyncio.create_task(self.stopped.wait())
         try:
             await asyncio.wait({self._all_ready, stopped}, return_when=asyncio.FIRST_COMPLETED)

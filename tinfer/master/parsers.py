@@ -21,11 +21,17 @@ def check_parsers(config: ServeConfig) -> None:
         raise StartError("--enable-auto-tool-choice needs a --tool-call-parser")
 
 
+def names_parsers(config: ServeConfig) -> bool:
+    """Whether the server is to have any."""
+    calls = config.enable_auto_tool_choice and config.tool_call_parser is not None
+    return calls or config.reasoning_parser is not None
+
+
 async def load_parsers(config: ServeConfig, renderer: Renderer, model_dir: str) -> Parsers | None:
     """None where the options name none. Raises `StartError`."""
-    tool_call = config.tool_call_parser if config.enable_auto_tool_choice else None
-    if tool_call is None and config.reasoning_parser is None:
+    if not names_parsers(config):
         return None
+    tool_call = config.tool_call_parser if config.enable_auto_tool_choice else None
     from tinfer.api import vllm_parsers
 
     names = vllm_parsers.ParserNames(tool_call, config.reasoning_parser, config.tool_strict_level)
