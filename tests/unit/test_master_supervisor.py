@@ -15,8 +15,8 @@ from tinfer.core.types import Role
 from tinfer.master import supervisor as module
 from tinfer.master.placement import Placement
 from tinfer.master.rundir import RunDirectory
-from tinfer.master.supervisor import Life, Supervisor, WorkerSlot
-from tinfer.wire.control import CannotFork, Forked, Imported, WorkerSpec
+from tinfer.master.supervisor import Cause, Life, Supervisor, WorkerSlot
+from tinfer.wire.control import CannotFork, Exited, Forked, Imported, WorkerSpec
 from tinfer.wire.links import Incarnation
 from tinfer.wire.messages import Ready
 
@@ -131,6 +131,39 @@ async def test_an_import_process_that_does_not_come_to_an_order_is_replaced(
     fleet.supervisor._start_too_slow(fleet.slot)
     assert orders.num_kills == has_imported
     assert fleet.slot.life is Life.DEAD
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "cause"),
+    [
+        (-9, None, "signal"),
+        (3, None, "exit"),
+        (3, "fault", "fault"),
+        (-9, "hung", "hung"),
+        (-9, "nonsense", "nonsense"),
+    ],
+)
+async def test_a_death_counts_under_its_cause(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, status: int, said: str | None, cause: Cause
+) -> None:
+    supervisor, counted = fleet.supervisor, asyncio.Event()
+    # Here the worker is a child of this process, and would be reaped with its real status.
+    monkeypatch.setattr(supervisor, "_reap_orphan", lambda slot: None)
+    fleet.forked()
+    supervisor.worker_ready(FIRST, READY)
+    if said == "fault":
+        supervisor.worker_failed(FIRST, "out of memory")
+    elif said is not None:
+        supervisor.end_worker(fleet.slot, "for a reason", cause)
+    fleet.process.kill()
+    await fleet.until_down()
+    supervisor._control(Exited(fleet.process.pid, status))
+    assert supervisor.deaths == {}, "the cause may still come"
+    supervisor._on_change = counted.set
+    async with asyncio.timeout(10):
+        await counted.wait()
+    assert supervisor.deaths == {("prefill-0", cause): 1}
+    assert fleet.slot.num_restarts == 1
 
 
 @pytest.mark.parametrize("generation", [0, 1])
