@@ -17,6 +17,7 @@ from benchmarks.chaos_figures import figures_of
 from benchmarks.chaos_storm import Storm, storm
 from tests.process.box import Server, running
 from tests.process.load import completion, random_prompt, random_request
+from tinfer.workloads import read_log
 
 # Everything takes long enough to die in: the start, a prefill chunk, a pull, a decode step.
 SLOW = {
@@ -62,16 +63,22 @@ async def check_storm(server: Server, log: Path, seed: int, num_deaths: int) -> 
 
 @pytest.mark.timeout(120)
 async def test_no_request_is_lost(tmp_path: Path) -> None:
-    log = tmp_path / "events"
-    with running(tmp_path, SLOW, prefill=3, decode=3, event_log=log, **STORM) as server:
+    log, lines = tmp_path / "events", tmp_path / "requests"
+    logs = {"event_log": log, "request_log": lines}
+    with running(tmp_path, SLOW, prefill=3, decode=3, **logs, **STORM) as server:
         done = await check_storm(server, log, seed=1, num_deaths=NUM_DEATHS)
         figures = figures_of([done])
         assert figures["kills"] == NUM_DEATHS
         assert figures["requests"] > 3 * NUM_DEATHS
         assert figures["cancelled"] > 0
         assert {"exact", "fast", "from the start"} <= figures["streams_hit"].keys()
-        assert (await server.state())["num_restarts"] > 0
+        state = await server.state()
+        assert state["num_restarts"] > 0
         server.stop()
+    # Whatever became of its workers and its client, each is in the log once.
+    records = read_log(lines)
+    assert len(records) == len({one.request_id for one in records}) == state["num_finished"]
+    assert {one.finish_reason for one in records} == {"stop", "length", "abort"}
 
 
 @pytest.mark.full
