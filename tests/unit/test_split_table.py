@@ -233,6 +233,7 @@ SAYS: dict[str, Callable[[], None]] = {
     "--enable-prefix-caching": both_sides_reuse,
     "--enforce-eager": reaches("enforce_eager", True),
     "--trust-remote-code": reaches("trust_remote_code", True),
+    "--reasoning-parser": reaches("reasoning_parser", "qwen3"),
     "--seed": reaches("seed", 4),
     "--engine-arg": any_argument_but_no_owned_one,
 }
