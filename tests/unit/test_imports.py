@@ -19,7 +19,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 # No part of tinfer below them; every part may use them.
-LEAVES = {"atomic_file", "cgroup", "clock", "engine_args", "errors", "tiny_model", "unix_socket"}
+LEAVES = {
+    "atomic_file",
+    "cgroup",
+    "clock",
+    "engine_args",
+    "errors",
+    "slo",
+    "tiny_model",
+    "unix_socket",
+}
 MAY_USE = {
     "core": set[str](),
     "wire": {"core"},
