@@ -76,8 +76,8 @@ async def test_counts_before_during_and_after(tmp_path: Path) -> None:
         assert (seen.ends, seen("vllm:generation_tokens_total")) == ((0, 0, 0, 0), 0)
         assert (seen("tinfer:workers_up"), seen("tinfer:healthy")) == (2, 1)
         requests = [
-            completion([1, 2, 3] * 20, max_tokens=400),
-            completion([7] * 30, max_tokens=300, n=2, num_choices=2, stream=False),
+            completion([1, 2, 3] * 20, max_tokens=800),
+            completion([7] * 30, max_tokens=700, n=2, num_choices=2, stream=False),
         ]
         asked = asyncio.create_task(server.answer(*requests))
         await server.until_phase(decoding=3, prefilling=0, handoff=0, queued=0)
@@ -96,7 +96,7 @@ async def test_counts_before_during_and_after(tmp_path: Path) -> None:
         num_first = seen("vllm:time_to_first_token_seconds_count")
         num_tokens = seen("vllm:generation_tokens_total")
         assert seen("vllm:inter_token_latency_seconds_count") == num_tokens - num_first
-        assert num_tokens >= 1000 + left.num_tokens
+        assert num_tokens >= 2200 + left.num_tokens
         assert seen("vllm:request_params_n_sum") == 1 + 2 + 1
         assert seen("tinfer:handoffs_total", outcome="installed") == 4
         assert seen("tinfer:handoff_seconds_count") == 4
@@ -107,7 +107,7 @@ async def test_counts_before_during_and_after(tmp_path: Path) -> None:
 
 
 async def test_a_refusal_and_a_death(tmp_path: Path) -> None:
-    slow = {**FAKE, "prefill_token_s": 0.01}
+    slow = {**FAKE, "prefill_token_s": 0.003}
     options = {"max_num_queued_reqs": 1, "prefill": 1, "decode": 1, "route": "split"}
     with running(tmp_path, slow, **options) as server:
         crowd = [completion([one] * 200, max_tokens=3) for one in range(1, 13)]
@@ -122,7 +122,7 @@ async def test_a_refusal_and_a_death(tmp_path: Path) -> None:
         assert seen("vllm:admission_rejections_total", reason="max_num_queued_reqs") == num
         assert seen("tinfer:requests_accepted_total") == len(answered)
 
-        request = completion([5] * 10, max_tokens=400, seed=3)
+        request = completion([5] * 10, max_tokens=800, seed=3)
         asked = asyncio.create_task(server.answer(request))
         await server.until_phase(decoding=1)
         steps_before = (await scraped(server))("tinfer:worker_steps_total", worker="decode-0")
