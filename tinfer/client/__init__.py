@@ -29,6 +29,7 @@ from tinfer.client.results import (
     Health,
     JsonAnswer,
     Model,
+    Predicted,
     Tokens,
     Usage,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "Model",
     "NotFound",
     "Overloaded",
+    "Predicted",
     "RequestTimeout",
     "ServerUnavailable",
     "Stream",
