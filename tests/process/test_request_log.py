@@ -10,14 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import openai
+import pytest
 from click.testing import CliRunner
 
+import tinfer
 from tests.process.box import running, until
 from tests.process.load import Request, chat, completion
 from tinfer.cli import main
-from tinfer.predict.asked import End
+from tinfer.client.params import Wishes
+from tinfer.predict.asked import Asked, End
 from tinfer.predict.online import OnlinePredictor
 from tinfer.predict.online_state import restore
+from tinfer.predict.predictors import Prior
 from tinfer.sim.prequential import trials_of
 from tinfer.workloads import LogRecord, read_log
 
@@ -132,6 +137,33 @@ async def test_how_requests_end_and_what_is_never_kept(tmp_path: Path) -> None:
     log = path.read_bytes()
     assert b"secret" not in log
     assert b'"prompt_text":null' in log and b'"prompt_token_ids":null' in log
+
+
+async def test_clients_say_what_they_expect_and_are_told_what_is_predicted(tmp_path: Path) -> None:
+    path = tmp_path / "requests.jsonl"
+    wishes: Wishes = {"expected_output_tokens": 3, "include_prediction": True, "priority": 2}
+    with running(tmp_path, FAKE, request_log=path, prefill=1, decode=1) as server:
+        async with tinfer.AsyncClient(server.url) as client:
+            told = await client.chat("hi", max_tokens=300, tinfer=wishes)
+            assert told.usage is not None
+            predicted = told.usage.tinfer_prediction
+            model = told.model
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="x") as stock:
+            said = await stock.completions.create(
+                model=model, prompt="hi", max_tokens=300, extra_body={"tinfer": wishes}
+            )
+            assert said.usage is not None and said.usage.model_extra is not None
+            shown = said.usage.model_extra["tinfer_prediction"]
+            with pytest.raises(openai.BadRequestError, match=r"tinfer\.expected_output_tokens"):
+                wrong = {"tinfer": {"expected_output_tokens": -1}}
+                await stock.completions.create(model=model, prompt="hi", extra_body=wrong)
+        server.stop()
+    assert predicted is not None and predicted.predictor == shown["predictor"] == "prior"
+    unhinted = Prior().predict(Asked("r", 2, 300)).quantile(0.1)
+    assert predicted.low_tokens == shown["low_tokens"] < unhinted
+    for record in read(path):
+        assert (record.expected_output_tokens, record.priority) == (3, 2)
+        assert record.predicted_output_tokens == predicted.median_tokens
 
 
 async def test_prompts_are_kept_on_request_and_files_are_rotated(tmp_path: Path) -> None:

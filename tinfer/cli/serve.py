@@ -43,10 +43,10 @@ class _ServeCommand(click.Command):
             if reason := why_no_option(flag):
                 raise click.UsageError(f"{flag}: {reason}", ctx) from error
             if flag.startswith("--"):
+                # An option with a name like it says nothing of whether vLLM has one of that name.
+                what = error.format_message().rstrip(".")
                 way = f"for one of vLLM's own: --engine-arg {plain_name(flag)}=VALUE"
-                if error.possibilities:
-                    way += f". Did you mean {' or '.join(sorted(error.possibilities))}?"
-                raise click.UsageError(f"No such option: {flag}; {way}", ctx) from error
+                raise click.UsageError(f"{what}; {way}", ctx) from error
             raise
 
 

@@ -52,7 +52,8 @@ _SOURCE = (
         "--log",
         type=click.Path(dir_okay=False, exists=True),
         metavar="FILE",
-        help="Play this request log (JSONL of `tinfer bench`) instead of a workload.",
+        help="Play this request log (of `tinfer serve --request-log` or `tinfer bench`) instead of "
+        "a workload.",
     ),
     click.option(
         "--num-prompts",

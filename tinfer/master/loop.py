@@ -353,7 +353,8 @@ class Dispatcher:
     @request_log.setter
     def request_log(self, request_log: RequestLog | None) -> None:
         self._request_log = request_log
-        self._prediction.keeps_hashes |= request_log is not None
+        if request_log is not None:
+            self._prediction.keep_hashes()
 
     # --- the scheduler ------------------------------------------------------------------------
 

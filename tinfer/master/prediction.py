@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tinfer.api.service import Generation
 from tinfer.api.trace import Predicted
 from tinfer.core.lengths import Lengths
@@ -19,17 +21,26 @@ _LOW, _MIDDLE, _HIGH = 0.1, 0.5, 0.9
 class Prediction:
     """The predictor of one server, by its name, and the name of the model that it serves.
 
-    A prompt is hashed for a predictor that learns or a log (`keeps_hashes`), and only for these; of
-    one with a hint, its beginning.
+    A prompt is hashed for a predictor that learns, or after `keep_hashes`, and only then; of one
+    with a hint, its beginning.
     """
 
     def __init__(self, predictor: Predictor, model: str = "", name: str = "") -> None:
         self._predictor = predictor
         self._learner = predictor if isinstance(predictor, LearningPredictor) else None
         self._hints = Hints()
-        self.keeps_hashes = self._learner is not None
+        self._features_of: Callable[[bytes, str], Features] | None = None
         self.model = model
         self.name = name
+        if self._learner is not None:
+            self.keep_hashes()
+
+    def keep_hashes(self) -> None:
+        """From now on, hash every prompt."""
+        # With numpy, which the others do without, and which no request is to wait for.
+        from tinfer.predict.features import features_of_tokens
+
+        self._features_of = features_of_tokens
 
     def asked(self, request_id: str, generation: Generation, prompt: bytes) -> Asked:
         """What a predictor is asked of a request; `prompt` is int32 token ids."""
@@ -62,12 +73,9 @@ class Prediction:
             self._learner.observe(live.asked, live.delivered_tokens, end)
 
     def _features(self, prompt: bytes, is_hinted: bool) -> Features:
-        if not self.keeps_hashes:
-            return Features(head=head_of(prompt)) if is_hinted else Features()
-        # With numpy, which the others do without.
-        from tinfer.predict.features import features_of_tokens
-
-        return features_of_tokens(prompt, self.model)
+        if self._features_of is not None:
+            return self._features_of(prompt, self.model)
+        return Features(head=head_of(prompt)) if is_hinted else Features()
 
 
 def end_of(live: LiveRequest) -> End:
