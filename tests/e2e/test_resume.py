@@ -87,7 +87,9 @@ async def _restart_now(session: aiohttp.ClientSession, url: str, busiest: dict[s
         assert answer.status == 202, await answer.text()
 
 
-@pytest.mark.parametrize(("end", "num_rounds"), [(_kill, 3), (_restart_now, 1)])
+@pytest.mark.parametrize(
+    ("end", "num_rounds"), [(_kill, 3), pytest.param(_restart_now, 3, marks=pytest.mark.full)]
+)
 async def test_every_kind_of_answer_goes_on(
     mortal: ServeProcess, session: aiohttp.ClientSession, end: End, num_rounds: int
 ) -> None:
