@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
+import aiohttp
 import pytest
+from aiohttp import web
 
 from tests.api.conftest import Server, send
+from tinfer.api.connection import connections
 from tinfer.api.service import Delta
 
 BODIES: dict[str, dict[str, Any]] = {
@@ -72,3 +76,30 @@ async def test_a_client_that_does_not_read_holds_back_its_stream(server: Server)
     assert taken < 1000
     writer.transport.abort()
     await only.cancelled.wait()
+
+
+async def test_a_client_that_leaves_amid_an_answer_is_no_error_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def gone(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b"begun")
+        raise ConnectionResetError("Cannot write to closing transport")
+
+    app = web.Application()
+    app.router.add_get("/", gone)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    loop = asyncio.get_running_loop()
+    listening = await loop.create_server(connections(runner, 5.0), "127.0.0.1", 0)
+    host, port = listening.sockets[0].getsockname()
+    try:
+        async with aiohttp.ClientSession() as session:
+            with pytest.raises(aiohttp.ClientError):
+                async with session.get(f"http://{host}:{port}/") as response:
+                    await response.read()
+    finally:
+        listening.close()
+        await runner.cleanup()
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]

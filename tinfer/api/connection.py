@@ -29,6 +29,10 @@ class Connection(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
+        if isinstance(exc, ConnectionResetError):
+            # The client has gone amid its answer, which is no error of ours: aiohttp ends the
+            # connection on this, and logs nothing.
+            raise ConnectionError("the client has gone") from exc
         if status != 400:
             return super().handle_error(request, status, exc, message)
         info = ErrorInfo("this is no HTTP request", "BadRequestError", None, 400)
