@@ -112,7 +112,7 @@ class Server:
         # Before there is anything on the disk that would have to go again.
         event_log = None if config.event_log is None else EventLog(Path(config.event_log), chosen)
         clock = MonotonicClock()
-        self._request_log = open_request_log(config, clock.now_s() - time.time())
+        request_log = open_request_log(config, clock.now_s() - time.time())
         self._door = Door(front.listener, client_descriptors(len(placements)), front.tls)
         self._run_dir = RunDirectory(front.port)
         self._supervisor = Supervisor(
@@ -142,7 +142,7 @@ class Server:
             config.predictor,
         )
         self._dispatcher.event_log = event_log
-        self._dispatcher.request_log = self._request_log
+        self._dispatcher.request_log = request_log
         for placement in placements:
             self._dispatcher.worker_event(
                 events.WorkerExpected(placement.worker_id, placement.role)
@@ -358,9 +358,9 @@ class Server:
         self._link.close()
         if self._dispatcher.event_log is not None:
             self._dispatcher.event_log.close()
-        if self._request_log is not None:
+        if self._dispatcher.request_log is not None:
             # A disk that hangs does not keep the rest from ending.
-            await asyncio.to_thread(self._request_log.close)
+            await asyncio.to_thread(self._dispatcher.request_log.close)
         self._predictor_state.save()
         self._run_dir.remove()
         if self._all_ready.done() and not self._all_ready.cancelled():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tinfer.api.service import Generation
-from tinfer.api.trace import Predicted
+from tinfer.api.trace import INTERVAL, Predicted
 from tinfer.core.lengths import Lengths
 from tinfer.master.live import LiveRequest
 from tinfer.predict.asked import Asked, End, Features, LearningPredictor, Predictor
@@ -14,8 +14,6 @@ from tinfer.predict.hints import Hints
 
 # What an engine says of an answer's end, where it says anything.
 _ENDS = {"stop": End.STOP, "length": End.LENGTH, "abort": End.ABORT, "error": End.ERROR}
-# The interval that a client is told holds 80 %.
-_LOW, _MIDDLE, _HIGH = 0.1, 0.5, 0.9
 
 
 class Prediction:
@@ -87,5 +85,5 @@ def end_of(live: LiveRequest) -> End:
 
 def told(lengths: Lengths, predictor: str) -> Predicted:
     """A prediction as a client and the request log have it."""
-    low, middle, high = map(lengths.quantile, (_LOW, _MIDDLE, _HIGH))
-    return Predicted(predictor, round(middle, 1), round(low, 1), round(high, 1))
+    low, high = lengths.interval(INTERVAL)
+    return Predicted(predictor, round(lengths.quantile(0.5), 1), round(low, 1), round(high, 1))

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from tinfer.master.live import LiveRequest, trace_of
 from tinfer.master.prediction import end_of
+from tinfer.master.timeline import NUM_DIGITS
 from tinfer.predict.asked import End
 from tinfer.predict.hashes import as_hex
 from tinfer.workloads import LogRecord, encode_record, prefix_segments
-
-_NUM_DIGITS = 6  # microseconds
 
 
 class ServerRecord(LogRecord, frozen=True, kw_only=True):
@@ -51,7 +50,7 @@ def record_of(
     keeps_ids = keeps_prompts and text is None
     return ServerRecord(
         request_id=asked.request_id,
-        arrival_s=round(arrived_s - epoch_s, _NUM_DIGITS),
+        arrival_s=round(arrived_s - epoch_s, NUM_DIGITS),
         prompt_tokens=asked.prompt_tokens,
         max_output_tokens=asked.max_output_tokens,
         output_tokens=live.delivered_tokens,

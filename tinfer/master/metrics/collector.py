@@ -7,6 +7,7 @@ one by one, as the scrape writes them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import get_args
 
 from msgspec import Struct
 from prometheus_client import CollectorRegistry
@@ -29,12 +30,11 @@ from tinfer.master.loop import Dispatcher
 from tinfer.master.metrics import catalogue
 from tinfer.master.metrics.catalogue import ENGINE, METRICS, VLLM
 from tinfer.master.metrics.histogram import Counts
-from tinfer.master.metrics.workers import WorkerReader
+from tinfer.master.metrics.tally import ResumeForm
+from tinfer.master.metrics.workers import Values, WorkerReader
 from tinfer.master.supervisor import Supervisor
 
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
-# Of one metric: a value for each combination of its own labels.
-Values = Mapping[tuple[str, ...], float | Counts]
 
 _FAMILIES: dict[catalogue.Kind, type[Family]] = {
     "counter": CounterMetricFamily,
@@ -46,7 +46,6 @@ _ENDS = ("stop", "length", "abort", "error")
 _REFUSALS = ("queue-full", "slo", "no-worker", "starting", "draining")
 _LIMITS = ("max_num_queued_reqs", "max_num_queued_tokens")
 _FAILURES = ("engine", "refused", "worker-lost", "no-worker", "stopping")
-_FORMS = ("blocks", "replay", "prompt", "fresh")
 
 
 class Sources(Struct, frozen=True):
@@ -179,7 +178,7 @@ class MasterCollector(Collector):
             "requests_refused": _by(tally.refused, _REFUSALS),
             "requests_failed": _by(tally.failed, _FAILURES),
             "requests_routed": _by(tally.routed, ("split", "whole")),
-            "requests_resumed": _by(tally.resumed, _FORMS),
+            "requests_resumed": _by(tally.resumed, get_args(ResumeForm)),
         }
 
     def _handoffs(self, ledger: LedgerSnapshot) -> dict[str, Values]:

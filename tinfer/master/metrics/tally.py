@@ -12,7 +12,7 @@ from collections import Counter
 from typing import Literal
 
 from tinfer.api.service import Generation
-from tinfer.api.trace import Trace
+from tinfer.api.trace import INTERVAL, Trace
 from tinfer.core.lengths import Lengths
 from tinfer.core.sampling import SamplingSpec
 from tinfer.core.types import Role
@@ -23,8 +23,6 @@ from tinfer.wire.messages import WorkerStats
 # How a request goes on whose worker died: its blocks are still held and pulled once more; all that
 # it had emitted is forced, or most of it becomes prompt; or it had emitted nothing.
 ResumeForm = Literal["blocks", "replay", "prompt", "fresh"]
-# The central share of predicted lengths that an answer should lie in, four times out of five.
-INTERVAL = 0.8
 # Quantiles lie between tokens, answers do not: half a token is no miss.
 HALF_A_TOKEN = 0.5
 # What an incarnation counts for its life, summed over the lives of a worker.
@@ -183,8 +181,7 @@ class Tally:
             for name in TOTALS:
                 past[name] += getattr(stats, name)
 
-    def worker_total(self, worker_id: str, name: str, stats: WorkerStats | None) -> float:
+    def worker_total(self, worker_id: str, name: str, stats: WorkerStats) -> float:
         """One of TOTALS over all lives of a worker; `stats` is of the one that serves."""
         past = self._past.get(worker_id)
-        lived = past[name] if past is not None else 0
-        return float(lived + (getattr(stats, name) if stats is not None else 0))
+        return float(getattr(stats, name) + (past[name] if past is not None else 0))

@@ -4,14 +4,16 @@ it is believed to do, from its own last message what its engine holds and has do
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import get_args
 
 from tinfer.core.scheduler import Scheduler
 from tinfer.core.types import Role, WorkerSnapshot
 from tinfer.master.loop import Dispatcher
 from tinfer.master.metrics.histogram import Counts
-from tinfer.master.supervisor import Life, Supervisor, WorkerSlot
+from tinfer.master.supervisor import Cause, Life, Supervisor, WorkerSlot
 from tinfer.wire.messages import WorkerStats
 
+# Of one metric: a value for each combination of its own labels.
 Values = Mapping[tuple[str, ...], float | Counts]
 _Mutable = dict[tuple[str, ...], float | Counts]
 
@@ -32,8 +34,6 @@ _OF_A_WORKER = (
     *("worker_kv_held_bytes", "worker_mapped_peers", "worker_stale_mappings", "worker_pulls"),
     *_TOTALS,
 )
-# Shown from the start, at zero. `unknown` is rare enough to come with its first.
-_CAUSES = ("signal", "exit", "fault", "hung", "nonsense", "start")
 _NOTHING = WorkerStats()
 
 
@@ -50,39 +50,43 @@ class WorkerReader:
     def values(self) -> dict[str, Values]:
         """By the metric's name and its own labels, of which the first is the worker's id."""
         slots = self._supervisor.slots
-        serving = [slot for slot in slots.values() if slot.life is Life.READY]
         found: dict[str, _Mutable] = {name: {} for name in _OF_A_WORKER}
         views = {view.worker_id: view for view in self._scheduler.workers_snapshot()}
         for worker_id, slot in slots.items():
-            stats = self._dispatcher.stats.get(slot.incarnation)
+            stats = self._stats_of(slot)
             self._life(found, worker_id, slot)
-            self._engine(found, worker_id, slot, stats or _NOTHING)
+            self._engine(found, worker_id, slot, stats)
             _view(found, worker_id, slot, views.get(worker_id))
             for metric, name in _TOTALS.items():
                 total = self._dispatcher.tally.worker_total(worker_id, name, stats)
                 found[metric][worker_id,] = total
         return {
             "workers": {(): len(slots)},
-            "workers_up": {(): sum(not slot.is_leaving for slot in serving)},
+            "workers_up": {(): sum(not slot.is_leaving for slot in self._serving())},
             **found,
         }
 
     @property
     def kv_usage(self) -> float:
         """Share of the KV blocks of all workers that serve, 0 to 1."""
-        serving = [one for one in self._supervisor.slots.values() if one.life is Life.READY]
-        num_blocks = sum(one.ready.num_blocks for one in serving if one.ready is not None)
+        ready = [slot.ready for slot in self._serving() if slot.ready is not None]
+        num_blocks = sum(one.num_blocks for one in ready)
         num_used = sum(stats.num_used_blocks for stats in self._dispatcher.stats.values())
         return num_used / num_blocks if num_blocks else 0.0
 
     def sum_of(self, name: str) -> float:
         """One of TOTALS over all workers."""
         return sum(
-            self._dispatcher.tally.worker_total(
-                worker_id, name, self._dispatcher.stats.get(slot.incarnation)
-            )
+            self._dispatcher.tally.worker_total(worker_id, name, self._stats_of(slot))
             for worker_id, slot in self._supervisor.slots.items()
         )
+
+    def _serving(self) -> list[WorkerSlot]:
+        return [slot for slot in self._supervisor.slots.values() if slot.life is Life.READY]
+
+    def _stats_of(self, slot: WorkerSlot) -> WorkerStats:
+        """What its incarnation said last; zeros where that is nothing."""
+        return self._dispatcher.stats.get(slot.incarnation, _NOTHING)
 
     def _life(self, found: dict[str, _Mutable], worker_id: str, slot: WorkerSlot) -> None:
         role = self._dispatcher.changed_roles.get(worker_id, slot.placement.role)
@@ -91,11 +95,8 @@ class WorkerReader:
         found["worker_up"][worker_id,] = slot.life is Life.READY
         found["worker_generation"][worker_id,] = slot.generation
         found["worker_restarts"][worker_id,] = slot.num_restarts
-        for cause in _CAUSES:
-            found["worker_deaths"][worker_id, cause] = 0
-        for (of, cause), num in self._supervisor.deaths.items():
-            if of == worker_id:
-                found["worker_deaths"][worker_id, cause] = num
+        for cause in get_args(Cause):
+            found["worker_deaths"][worker_id, cause] = self._supervisor.deaths[worker_id, cause]
         for one in (Role.PREFILL, Role.DECODE):
             num_changes = self._dispatcher.tally.role_changes[worker_id, one.value]
             found["role_changes"][worker_id, one.value] = num_changes
@@ -111,9 +112,8 @@ class WorkerReader:
         found["worker_kv_used_bytes"][worker_id,] = stats.num_used_blocks * block_bytes
         found["worker_mapped_peers"][worker_id,] = stats.num_mapped_peers
         found["worker_stale_mappings"][worker_id,] = stats.num_stale_mappings
-        own = stats if stats is not _NOTHING else None
-        num_pulls = self._dispatcher.tally.worker_total(worker_id, "num_pulls", own)
-        num_failed = self._dispatcher.tally.worker_total(worker_id, "num_failed_pulls", own)
+        num_pulls = self._dispatcher.tally.worker_total(worker_id, "num_pulls", stats)
+        num_failed = self._dispatcher.tally.worker_total(worker_id, "num_failed_pulls", stats)
         found["worker_pulls"][worker_id, "copied"] = num_pulls - num_failed
         found["worker_pulls"][worker_id, "failed"] = num_failed
 
