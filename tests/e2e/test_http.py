@@ -40,7 +40,7 @@ async def test_state_names_workers_and_phases(server: ServeProcess) -> None:
     await post_json(server.url, {"prompt": "abc", "max_tokens": 3})
     await until_idle(server.url)
     state = await get_json(f"{server.url}/debug/state")
-    assert state["status"] == "ok"
+    assert state["status"] == "ok" and state["scheduler"]["costs"]["base_s"] > 0
     assert dict.fromkeys(state["requests_by_phase"]) == dict.fromkeys(
         ("queued", "prefilling", "handoff", "decoding")
     )

@@ -26,7 +26,7 @@ SMALL = (
     *("--device", "cpu", "--cores", f"{CORES[0]},{CORES[-1]}"),
     *("--length-scale", "0.05", "--max-prompt-tokens", "40", "--max-output-tokens", "10"),
     *("--num-unloaded", "1", "--num-warmups", "1", "--num-resamples", "100"),
-    *("--tinfer-args", OURS, "--max-model-len", "4096"),
+    *("--tinfer-args", OURS, "--max-model-len", "4096", "--keep-servers"),
 )
 ONE_POINT = ("--workloads", "LPLD", "--loads", "0.5", "--num-requests", "10")
 GIVEN = ("--full-load", "LPLD=100")
@@ -60,9 +60,12 @@ def test_the_whole_way_with_a_measured_full_load() -> None:
     done = compare(
         *("--arms", "tinfer-auto,tinfer-whole,replicas,replicas-512,paper", *ONE_POINT),
         *(*fake(), "--repetitions", "2", "--probe-s", "0.3", "--json", "-", "--save-detailed"),
+        "--restart-servers",
     )
     result = result_of(done)
     assert result["ended_early"] is None
+    # Each of the two repetitions has servers of its own.
+    assert all(done.stderr.count(f"starting {arm}\n") == 2 for arm in ("tinfer-auto", "paper"))
     (point,) = result["points"]
     arms = ["paper", "replicas", "replicas-512", "tinfer-auto", "tinfer-whole"]
     assert sorted(point["arms"]) == arms
@@ -87,6 +90,12 @@ def test_the_whole_way_with_a_measured_full_load() -> None:
         assert metrics["mean_ttft_ms"]["value"]["value"] > 0
         assert (metrics["mean_ttft_ms"]["ratio"] is None) == (arm == point["baseline"])
         assert metrics["resource_s"]["value"]["value"] > 0
+    for arm in result["arms"]:
+        is_tinfer = arm["name"].startswith("tinfer")
+        assert (arm["scheduler"] is not None) == is_tinfer
+        if is_tinfer:
+            assert f"tinfer-{arm['scheduler']['route']}" == arm["name"]
+            assert arm["scheduler"]["costs"]["source"]
     for run in result["runs"]:
         traces = [record["trace"] is not None for record in run["records"]]
         assert all(traces) if run["arm"].startswith("tinfer") else not any(traces)

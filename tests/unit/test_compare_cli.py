@@ -97,12 +97,13 @@ def test_every_option_has_a_flag_that_reaches_it(ran: Ran, tmp_path: Path) -> No
         words += [f"--{spelled.get(name, name.replace('_', '-'))}", text]
     switches = {"enforce_eager": True, "save_detailed": True, "resume": True, "dry_run": True}
     words += [f"--{name.replace('_', '-')}" for name in switches]
-    words += ["--no-enable-prefix-caching"]
+    words += ["--no-enable-prefix-caching", "--keep-servers"]
     result = ran.compare(*words)
     assert result.exit_code == 0, result.output
     ((options, _),) = ran.given
     wanted = {name: value for name, (_, value) in flags.items()}
     wanted |= {"model": "/model", "enable_prefix_caching": False, **switches}
+    wanted["restart_servers"] = False
     assert {name: getattr(options, name) for name in CompareOptions.__struct_fields__} == wanted
     default = CompareOptions()
     assert [n for n in wanted if getattr(options, n) == getattr(default, n)] == ["residency"]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import msgspec
 from msgspec import Struct
 
@@ -93,6 +94,22 @@ def _chosen(base_url: str, served: list[Model], model: str | None) -> Target:
         root=card.root,
         is_tinfer=card.owned_by == "tinfer",
     )
+
+
+async def scheduler_of(base_url: str) -> dict[str, Any]:
+    """What a tinfer server decides by (`/debug/state`): its policies and the costs it counts with.
+
+    Raises `StartError` where it does not say.
+    """
+    timeout = aiohttp.ClientTimeout(total=_ASK_TIMEOUT_S)
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=timeout, raise_for_status=True) as session,
+            session.get(f"{base_url}/debug/state") as response,
+        ):
+            return dict((await response.json())["scheduler"])
+    except (aiohttp.ClientError, TimeoutError, ValueError, KeyError) as error:
+        raise StartError(f"{base_url}/debug/state: {type(error).__name__}: {error}") from error
 
 
 def vocab_size_of(target: Target) -> tuple[int, str]:

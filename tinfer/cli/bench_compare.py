@@ -117,6 +117,12 @@ _POSITIVE = click.IntRange(min=1)
     help="All arms up at once, or one at a time. auto: alone on GPUs.",
 )
 @click.option(
+    "--restart-servers/--keep-servers",
+    default=True,
+    show_default=True,
+    help="Whether each repetition starts all servers anew; with --residency alone each arm does.",
+)
+@click.option(
     "--kv-cache-memory-bytes",
     type=_POSITIVE,
     default=512 << 20,

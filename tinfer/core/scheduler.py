@@ -45,6 +45,7 @@ class Scheduler:
     """Owns every request from arrival to its end. Raises `UnknownPolicy` for a config's mistake."""
 
     def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
         self._max_num_queued_reqs = config.max_num_queued_reqs
         self._max_num_queued_tokens = config.max_num_queued_tokens
         self._fleet = Fleet(config.costs, config.overflow_z, ageing_tokens_per_s(config))

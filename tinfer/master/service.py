@@ -152,6 +152,7 @@ class MasterService:
             )
         return {
             "status": self.healthy()[1],
+            "scheduler": msgspec.to_builtins(self._scheduler.config),
             "workers": workers,
             "waiting": msgspec.to_builtins(self._dispatcher.waiting(NUM_WAITING_SHOWN)),
             "requests_by_phase": self._scheduler.ledger_snapshot().requests_by_phase,

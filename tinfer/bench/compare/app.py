@@ -9,7 +9,8 @@ The result (`--json`) is one object:
 | `resumed` | dates of the earlier parts that --resume went on from |
 | `ended_early` | null, "interrupted", or why the measuring ended before its end |
 | `vocab_size`, `max_model_len` | of the model, as the first server and its files said |
-| `arms` | of each: `name`, `kind`, and `servers` with command lines (port aside) and environment |
+| `arms` | of each: `name`, `kind`, `servers` with command lines (port aside) and environment, |
+|  | and `scheduler`: what tinfer decides by, such as the costs of a step; null of others |
 | `unloaded` | by request class: medians alone on one replica, in seconds |
 | `slos` | by level and class: bounds in milliseconds |
 | `full_load` | by workload: the rate that 100 % stands for, the arm that keeps up, all probes |
@@ -156,7 +157,9 @@ def result_of(
         "ended_early": recorded.ended_early,
         "vocab_size": recorded.vocab_size,
         "max_model_len": None if recorded.target is None else recorded.target.max_model_len,
-        "arms": [_arm(arm, options) for arm in arms],
+        "arms": [
+            _arm(arm, options) | {"scheduler": recorded.schedulers.get(arm.name)} for arm in arms
+        ],
         "unloaded": msgspec.to_builtins(recorded.unloaded),
         "slos": {
             level: {task: slo.bounds() for task, slo in by_task.items()}

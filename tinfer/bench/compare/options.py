@@ -29,7 +29,7 @@ class CompareOptions(Struct, frozen=True, kw_only=True):
     `num_workers` devices are compared: GPUs `gpus`, or on CPU as many groups of `threads` of the
     `cores`. `full_load`: requests/s that 100 % stands for, by workload, where it is not to be
     measured. `probe_s` is how long arrivals of one probe last. `baseline` None takes the better
-    replica arm of each point.
+    replica arm of each point. `restart_servers`: each repetition has servers of its own.
     """
 
     model: str = str(MODEL_DIR)
@@ -53,6 +53,7 @@ class CompareOptions(Struct, frozen=True, kw_only=True):
     cores: tuple[int, ...] = ()
     threads: int = 1
     residency: Residency = "together"
+    restart_servers: bool = True
     kv_cache_memory_bytes: int = 512 << 20
     dtype: str = "auto"
     block_size: int | None = None

@@ -44,6 +44,7 @@ class Recorded(Struct, kw_only=True):
     """All that has been measured so far; complete unless `ended_early` says why not.
 
     `resumed` are the dates at which the earlier parts of it began, where it was interrupted.
+    `schedulers`: by tinfer arm that was started, what it decides by, its costs of a step included.
     """
 
     unloaded: dict[str, Unloaded] = {}
@@ -53,3 +54,4 @@ class Recorded(Struct, kw_only=True):
     vocab_size: int | None = None
     ended_early: str | None = None
     resumed: list[str] = []
+    schedulers: dict[str, dict[str, Any]] = {}

@@ -42,7 +42,7 @@ class Server:
         # Its own modules are found as this process finds them.
         guard = [sys.executable, *(["-P"] if sys.flags.safe_path else [])]
         guard += ["-m", "tinfer.bench.compare.guard"]
-        with log.open("wb") as out:
+        with log.open("ab") as out:  # behind what one before it has said
             out.write(f"{shlex.join(plan.argv)} --port {port}\n".encode())
             out.flush()
             self._guard = subprocess.Popen(

@@ -1,10 +1,10 @@
 """Measures a comparison from the first server's start to the last one's end: all I/O of it.
 
-All arms stay up together, unless asked otherwise, so that the runs of one repetition follow each
+All arms are up together, unless asked otherwise, so that the runs of one repetition follow each
 other directly; the processes of the arms that do not have their turn are stopped. What they use all
 the same is measured in every run (`idle_cpu_share`). On GPUs, where each arm would hold its share
-of the memory, `--residency alone` has one arm up at a time. What `journal` has kept of an earlier
-part is not measured again.
+of the memory, `--residency alone` has one arm up at a time. The next repetition has new servers.
+What `journal` has kept of an earlier part is not measured again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tinfer.bench.outcome import LoadRun, Outcome, Planned
 from tinfer.bench.plan import check_fits, plan_of, warm_ups_of
 from tinfer.bench.records import records_of
 from tinfer.bench.sender import Sender, frozen_heap, open_session
-from tinfer.bench.target import Target, TokenRange, find_target, vocab_size_of
+from tinfer.bench.target import Target, TokenRange, find_target, scheduler_of, vocab_size_of
 from tinfer.client.aio import TRACE_HEADER
 from tinfer.errors import StartError
 from tinfer.workloads import WORKLOADS, Request
@@ -99,15 +99,26 @@ class _Session:
         if not self._todo:
             return
         replicas = [arm for arm in self._arms.values() if arm.is_replicas]
-        if options.residency == "together":
-            for arm in self._arms.values():
-                await self._urls(arm)
+        await self._start_all()
         if not self.recorded.unloaded:
             await self._measure_unloaded(replicas[0])
         for workload in options.workloads:
             if workload not in self.recorded.full_load:
                 await self._find_full_load(workload, replicas)
         await self._run_steps()
+
+    async def _start_all(self) -> None:
+        """Where all arms are up at once: now, so that none starts amid a repetition."""
+        if self._options.residency == "together":
+            for arm in self._arms.values():
+                await self._urls(arm)
+
+    async def _restart_all(self) -> None:
+        """Two servers that are the same may differ by a tenth for as long as they live, by where
+        their memory lies. Intervals are to know of that, so each repetition draws anew."""
+        await asyncio.to_thread(self.fleet.stop)
+        self._check_stop()
+        await self._start_all()
 
     async def _urls(self, arm: Arm) -> list[str]:
         return await unless_stopped(self.fleet.urls(arm), self._stop)
@@ -123,6 +134,8 @@ class _Session:
             failed = [one for one in run.outcomes if one.error is not None]
             if failed:
                 raise StartError(f"{arm.name} failed to warm up: {failed[0].error}")
+        if arm.is_tinfer:
+            self.recorded.schedulers[arm.name] = await scheduler_of(urls[0])
 
     async def _look_at(self, url: str) -> None:
         target = await find_target(url, SERVED_NAME, {}, 0.0)
@@ -256,6 +269,9 @@ class _Session:
         expected_s = plan.expected_s(self._options, todo, rates, self.recorded.unloaded)
         self._say(f"{len(todo)} runs, about {expected_s / 60:.1f} min")
         for number, step in enumerate(todo):
+            is_next = number > 0 and step.repetition != todo[number - 1].repetition
+            if is_next and self._options.restart_servers:
+                await self._restart_all()
             run = await self._run(step, rates[step.point.workload], slos)
             self.recorded.runs.append(run)
             self._journal.add(Ended(run=run))
