@@ -11,6 +11,9 @@ from tests.api.canned import say, token
 from tests.api.conftest import OPTIONS, Serve, Server, canned_server
 from tests.api.parsed import TOOLS, USER, Speaker, reassembled, whole
 from tinfer.api.parsing import Asked, Piece, Said
+from tinfer.chat.answer import Answer
+from tinfer.chat.asking import Asker, Wishes
+from tinfer.chat.conversation import Conversation
 from tinfer.core.sampling import SamplingSpec
 
 CHATS = "/v1/chat/completions"
@@ -40,6 +43,16 @@ async def test_reasoning_has_a_field_of_its_own(
     assert said["content"].strip() == streamed["content"].strip()
     assert "<" not in said["content"]
     assert said["calls"] == streamed["calls"] == ([("now", "{}")] if CALL in text else [])
+
+
+async def test_a_chat_in_the_terminal_has_it_apart(serve: Serve, speaker: Speaker) -> None:
+    async with serve(None, "qwen3") as server:
+        server.service.script = lambda _: speaker.say(f"{THOUGHT}The answer.", step=1)
+        answer, shown, thought = Answer("hi"), list[str](), list[str]()
+        asker = Asker(server.url, None, Wishes(), shown.append)
+        await asker.fill(answer, Conversation(), shown.append, thought.append)
+    assert answer.reasoning == "".join(thought) == "Hm, 好."
+    assert answer.text == "".join(shown) and answer.text.strip() == "The answer."
 
 
 async def test_reasoning_tokens_are_counted(serve: Serve, speaker: Speaker) -> None:

@@ -29,6 +29,7 @@ FAKE: dict[str, Any] = {
     "engine": "fake",
     "fake_engine": {"step_s": 0.002, "mean_output_tokens": 1_000_000},
     "route": "split",
+    "trust_request_chat_template": True,
 }
 
 
@@ -95,6 +96,11 @@ def test_prompts_of_every_kind_in_their_order(
         assert output.prompt is not None and "hi" in output.prompt
         assert output.outputs[0].logprobs is not None
     assert len(chats[1].prompt_token_ids or ()) > len(chats[0].prompt_token_ids or ())
+    now = {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
+    shown = "{% for tool in tools %}{{ tool.function.name }} {% endfor %}{{ messages[0].content }}"
+    (called,) = llm.chat("hi", {"max_tokens": 2}, tools=[now], chat_template=shown, use_tqdm=False)
+    assert called.prompt == "now hi"
+    expect(called, 2)
     assert llm.generate([]) == llm.chat([]) == []
     assert capsys.readouterr().err == ""
 

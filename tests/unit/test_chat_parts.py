@@ -195,6 +195,32 @@ def test_a_model_cannot_command_the_terminal(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out == said
 
 
+def test_reasoning_goes_beside_the_answers_on_lines_of_its_own(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    screen = Terminals(interactive=False)
+    screen.think("Hm, ")
+    screen.think("well.")
+    screen.show("Yes")
+    screen.end()
+    screen.think("cut")
+    screen.say("(stopped)")
+    written = capsys.readouterr()
+    assert (written.out, written.err) == ("Yes\n", "Hm, well.\ncut\n(stopped)\n")
+
+
+def test_reasoning_is_dim_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    Terminals(interactive=True).think("a\x07")
+    assert capsys.readouterr().err == "\x1b[2ma\ufffd\x1b[0m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    Terminals(interactive=True).think("a\x07")
+    assert capsys.readouterr().err == "a\ufffd"
+
+
 # --- the command line ----------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tinfer.chat.answer import Answer
-from tinfer.chat.asking import Asker, Wishes
+from tinfer.chat.asking import Asker, Wishes, unseen
 from tinfer.chat.conversation import Conversation, Message
 from tinfer.chat.session import Session
 from tinfer.client import ConnectionFailed, TinferClientError
@@ -37,10 +37,14 @@ class Paper:
 
     def __init__(self) -> None:
         self.answers = ""
+        self.thoughts = ""
         self.said: list[str] = []
 
     def show(self, text: str) -> None:
         self.answers += text
+
+    def think(self, text: str) -> None:
+        self.thoughts += text
 
     def end(self) -> None:
         self.answers += "\n"
@@ -58,13 +62,20 @@ class ScriptedAsker(Asker):
         self.sent: list[list[Message]] = []
 
     async def fill(
-        self, answer: Answer, conversation: Conversation, show: Callable[[str], None]
+        self,
+        answer: Answer,
+        conversation: Conversation,
+        show: Callable[[str], None],
+        think: Callable[[str], None] = unseen,
     ) -> None:
         self.sent.append(conversation.messages(answer.question))
         for piece in self._replies.get(answer.question, [answer.question.upper()]):
             if isinstance(piece, BaseException):
                 raise piece
-            if isinstance(piece, dict):
+            if isinstance(piece, dict) and "think" in piece:
+                answer.thoughts.append(piece["think"])
+                think(piece["think"])
+            elif isinstance(piece, dict):
                 answer.finish_reason = piece["finish_reason"]
             else:
                 answer.pieces.append(piece)
@@ -153,10 +164,29 @@ def test_the_end_of_an_own_server_is_the_better_reason() -> None:
         (["x", {"finish_reason": "length"}], ["(the answer has reached its greatest length)"]),
         (["x", {"finish_reason": "stop"}], []),
         ([{"finish_reason": "stop"}], ["(the answer is empty)"]),
+        ([{"think": "Hm."}, {"finish_reason": "stop"}], ["(the answer is empty)"]),
+        (
+            [{"think": "Hm."}, {"finish_reason": "length"}],
+            ["(the answer has reached its greatest length before it began)"],
+        ),
+        ([{"think": "Hm."}, CTRL_C], ["(stopped before it answered; the question is not kept)"]),
     ],
 )
 def test_how_an_answer_ended(reply: list[Any], said: list[str]) -> None:
     assert Chat("a", replies={"a": reply}).run().paper.said == said
+
+
+def test_reasoning_is_shown_and_recorded_but_no_part_of_the_answer(tmp_path: Path) -> None:
+    path = tmp_path / "all.jsonl"
+    replies = {"a": [{"think": "Hm, "}, {"think": "well."}, "Yes."]}
+    chat = Chat("a", "b", replies=replies, transcript=path).run()
+    assert (chat.paper.thoughts, chat.paper.answers) == ("Hm, well.", "Yes.\nB\n")
+    assert chat.sent[1] == ["a", "Yes.", "b"]
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(one["answer"], one["reasoning"]) for one in records] == [
+        ("Yes.", "Hm, well."),
+        ("B", None),
+    ]
 
 
 def test_retry_replaces_the_last_turn() -> None:

@@ -13,6 +13,7 @@ from tinfer.client import AsyncStream, ChatChunk
 class Answer(Struct):
     """One answer as far as it has come; `error` when it failed, `cut` when the user stopped it.
 
+    `thoughts` are pieces as well: the reasoning that a server with a reasoning parser tells apart.
     `trace` is the server's own account, which only tinfer gives and only of a whole answer. The
     times are the client's, in seconds from the sending of the question.
     """
@@ -27,10 +28,15 @@ class Answer(Struct):
     prompt_tokens: int | None = None
     output_tokens: int | None = None
     trace: dict[str, Any] | None = None
+    thoughts: list[str] = msgspec.field(default_factory=list)
 
     @property
     def text(self) -> str:
         return "".join(self.pieces)
+
+    @property
+    def reasoning(self) -> str | None:
+        return "".join(self.thoughts) or None
 
     def see(self, stream: AsyncStream[ChatChunk]) -> None:
         """Take over what the stream knows so far."""
@@ -44,8 +50,9 @@ class Answer(Struct):
     def record(self) -> dict[str, Any]:
         """What the transcript keeps."""
         fields = msgspec.structs.asdict(self)
-        del fields["pieces"]
-        return {"question": fields.pop("question"), "answer": self.text, **fields}
+        del fields["pieces"], fields["thoughts"]
+        said = {"question": fields.pop("question"), "answer": self.text}
+        return {**said, **fields, "reasoning": self.reasoning}
 
     def figures(self) -> str:
         """A line per figure, for a person."""

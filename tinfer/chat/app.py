@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
 import signal
 import sys
@@ -25,6 +26,8 @@ EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 # What a terminal would obey rather than show; a model may say anything.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# How a terminal writes reasoning: dim, and as usual behind it.
+_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 class ChatOptions(Struct, frozen=True, kw_only=True):
@@ -41,26 +44,48 @@ class ChatOptions(Struct, frozen=True, kw_only=True):
 
 
 class Terminals:
-    """Standard output for answers, standard error for the rest."""
+    """Standard output for answers, standard error for the rest: whoever keeps the answers does not
+    want reasoning in them."""
 
     def __init__(self, interactive: bool) -> None:
         self._interactive = interactive
         self._line_open = False
+        self._is_thinking = False
 
     def show(self, text: str) -> None:
-        shown = _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text) if self._interactive else text
-        sys.stdout.write(shown)
+        self._end_thought()
+        sys.stdout.write(_harmless(text) if self._interactive else text)
         sys.stdout.flush()
         self._line_open = True
 
+    def think(self, text: str) -> None:
+        if sys.stderr.isatty():
+            text = _harmless(text)
+            text = text if "NO_COLOR" in os.environ else f"{_DIM}{text}{_PLAIN}"
+        sys.stderr.write(text)
+        sys.stderr.flush()
+        self._is_thinking = True
+
     def end(self) -> None:
+        self._end_thought()
         if self._line_open or self._interactive:
             sys.stdout.write("\n")
             sys.stdout.flush()
         self._line_open = False
 
     def say(self, text: str) -> None:
+        self._end_thought()
         print(text, file=sys.stderr, flush=True)  # noqa: T201 - the terminal is its purpose
+
+    def _end_thought(self) -> None:
+        if self._is_thinking:
+            sys.stderr.write("\n")
+            sys.stderr.flush()
+        self._is_thinking = False
+
+
+def _harmless(text: str) -> str:
+    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def run(options: ChatOptions) -> int:

@@ -31,6 +31,10 @@ class Wishes(Struct, frozen=True):
     temperature: float | None = None
 
 
+def unseen(text: str) -> None:
+    """Shows nothing."""
+
+
 class Asker:
     """One server, and how to ask it. `say` gets the notices."""
 
@@ -59,15 +63,19 @@ class Asker:
             return await client.models()
 
     async def fill(
-        self, answer: Answer, conversation: Conversation, show: Callable[[str], None]
+        self,
+        answer: Answer,
+        conversation: Conversation,
+        show: Callable[[str], None],
+        think: Callable[[str], None] = unseen,
     ) -> None:
-        """Stream the answer into `answer` and, piece by piece, to `show`.
+        """Stream the answer into `answer` and, piece by piece, to `show`; its reasoning to `think`.
 
         Cancelling stops the server too. Raises `TinferClientError`; what has come is in `answer`.
         """
         async with self._client() as client:
             try:
-                await self._stream(client, answer, conversation, show)
+                await self._stream(client, answer, conversation, show, think)
             except BadRequest:
                 num_turns = await self._turns_too_many(client, conversation, answer.question)
                 if not num_turns:
@@ -77,7 +85,7 @@ class Asker:
                     f"the conversation is longer than the model takes: the {oldest} forgotten"
                 )
                 try:
-                    await self._stream(client, answer, conversation, show, skip=num_turns)
+                    await self._stream(client, answer, conversation, show, think, num_turns)
                 finally:
                     if answer.pieces:
                         conversation.forget_oldest(num_turns)
@@ -88,6 +96,7 @@ class Asker:
         answer: Answer,
         conversation: Conversation,
         show: Callable[[str], None],
+        think: Callable[[str], None],
         skip: int = 0,
     ) -> None:
         wishes: dict[str, Any] = {
@@ -99,6 +108,9 @@ class Asker:
         async with client.stream_chat(messages, extra=USAGE, **wishes) as stream:
             try:
                 async for chunk in stream:
+                    if chunk.reasoning:
+                        answer.thoughts.append(chunk.reasoning)
+                        think(chunk.reasoning)
                     if chunk.text:
                         answer.pieces.append(chunk.text)
                         show(chunk.text)

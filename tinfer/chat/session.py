@@ -39,6 +39,10 @@ class Screen(Protocol):
         """A piece of an answer."""
         ...
 
+    def think(self, text: str) -> None:
+        """A piece of the reasoning before it."""
+        ...
+
     def end(self) -> None:
         """The answer is over, and its line too."""
         ...
@@ -123,7 +127,8 @@ class Session:
         answer = Answer(question)
         self._last, self._last_is_turn = answer, False
         try:
-            asyncio.run(self._asker.fill(answer, self._conversation, self._screen.show))
+            screen = self._screen
+            asyncio.run(self._asker.fill(answer, self._conversation, screen.show, screen.think))
         except KeyboardInterrupt:
             if not self._interactive:
                 raise
@@ -145,7 +150,8 @@ class Session:
         if answer.error is not None:
             self._complain(answer.error)
         elif answer.cut and not answer.text:
-            self._screen.say("(stopped before its first token; the question is not kept)")
+            what = "its first token" if answer.reasoning is None else "it answered"
+            self._screen.say(f"(stopped before {what}; the question is not kept)")
         else:
             turn = Turn(answer.question, answer.text, answer.cut)
             self._conversation.turns.append(turn)
@@ -153,7 +159,9 @@ class Session:
             if answer.cut:
                 self._screen.say("(stopped; what has come stays in the conversation)")
             elif not answer.text:
-                self._screen.say("(the answer is empty)")
+                is_full = answer.reasoning is not None and answer.finish_reason == "length"
+                what = "has reached its greatest length before it began" if is_full else "is empty"
+                self._screen.say(f"(the answer {what})")
             elif answer.finish_reason == "length":
                 self._screen.say("(the answer has reached its greatest length)")
 

@@ -37,7 +37,8 @@ def command(
 
     MODEL is what to serve, as for `tinfer serve`; with --url it is the name to ask for. What stands
     after -- is passed on to `tinfer serve`. When standard input is no terminal, every line of it is
-    a question, answers go to standard output, and the exit code is 1 if one of them failed.
+    a question, answers go to standard output, and the exit code is 1 if one of them failed. What a
+    server with a reasoning parser tells apart as reasoning goes to standard error.
     """
     has_model = bool(words) and not words[0].startswith("-")
     model, rest = (words[0], words[1:]) if has_model else (None, words)

@@ -299,6 +299,11 @@ class ChatChunk(Struct):
         """The new text of the first answer."""
         return "".join(delta.text for delta in self.choices if delta.index == 0)
 
+    @property
+    def reasoning(self) -> str:
+        """The new reasoning of the first answer."""
+        return "".join(delta.reasoning for delta in self.choices if delta.index == 0)
+
 
 class Model(Struct):
     """One entry of `/v1/models`."""

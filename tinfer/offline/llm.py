@@ -131,14 +131,18 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         add_generation_prompt: bool | None = None,
         continue_final_message: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[RequestOutput]:
         """Answer a conversation, or each of several, in their order; text is a user's message.
 
         Sampling parameters as of `generate`, mappings with fields of `/v1/chat/completions`. The
-        last four say how the chat template makes a prompt of the messages.
+        last five say how the chat template makes a prompt of the messages. As with vLLM's `LLM` an
+        answer is the text that the model wrote, calls of `tools` included, unless a mapping's
+        `tool_choice` has the server look for them.
         """
         asked = as_conversations(messages)
         client = self._client
+        choice = None if tools is None else "none"
 
         def ask(conversation: Conversation, fields: Mapping[str, Any]) -> _Ask:
             async def answer() -> RequestOutput:
@@ -149,6 +153,8 @@ class LLM:
                     chat_template_kwargs=chat_template_kwargs,
                     add_generation_prompt=add_generation_prompt,
                     continue_final_message=continue_final_message,
+                    tools=tools,
+                    tool_choice=choice,
                 )
                 return of_chat(said)
 
