@@ -16,6 +16,7 @@ from tinfer.bench.compare.options import (
     parse_workloads,
 )
 from tinfer.bench.compare.steps import (
+    MIN_PROBE_REQUESTS,
     Point,
     expected_s,
     points_of,
@@ -81,7 +82,7 @@ def test_probes_are_poisson_whatever_the_workload_is() -> None:
     assert 0.7 < variance**0.5 / mean < 1.4  # the workload's own gaps have 3
     faster = probe_of(replace(OPTIONS, probe_s=10.0), "burst", 10.0)
     assert [one.output_tokens for one in faster] == [one.output_tokens for one in probe]
-    assert len(probe_of(OPTIONS, "burst", 0.01)) == 10
+    assert len(probe_of(OPTIONS, "burst", 0.01)) == MIN_PROBE_REQUESTS
 
 
 def test_each_class_has_its_unloaded_requests_once() -> None:

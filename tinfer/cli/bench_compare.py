@@ -71,7 +71,7 @@ _POSITIVE = click.IntRange(min=1)
     type=click.FloatRange(min=0, min_open=True),
     default=20.0,
     show_default=True,
-    help="Seconds of arrivals in each look for the full load.",
+    help="Seconds of arrivals in each look for the full load; at least 60 arrivals.",
 )
 @click.option(
     "--num-unloaded",

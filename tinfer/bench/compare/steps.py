@@ -19,6 +19,9 @@ from tinfer.workloads import WORKLOADS, Request, WorkloadSpec, make
 # Repetitions count up from the seed; what is measured before them is apart.
 _SEED_STRIDE = 1000
 _PROBE_REPETITION = 999
+# Arrivals of a probe at the least: of thirty, one or two by chance tell a queue that grows from one
+# that does not.
+MIN_PROBE_REQUESTS = 60
 # Enough of a mix of four classes to find some of each.
 _SAMPLED_PER_TASK = 40
 
@@ -77,8 +80,9 @@ def requests_of(
 
 
 def probe_of(options: CompareOptions, workload: str, rate_rps: float) -> list[Request]:
-    """Poisson arrivals at `rate_rps` for about `options.probe_s`, whatever the workload's own."""
-    num = max(10, round(rate_rps * options.probe_s))
+    """Poisson arrivals at `rate_rps` for about `options.probe_s`, whatever the workload's own, and
+    for longer where that is fewer than a verdict needs."""
+    num = max(MIN_PROBE_REQUESTS, round(rate_rps * options.probe_s))
     spec = _spec(options, workload, _PROBE_REPETITION, rate_rps, num_requests=num, burstiness=1.0)
     return make(spec)
 
