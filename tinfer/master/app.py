@@ -212,8 +212,9 @@ class Server:
         self._door.open(connections(self._runner, KEEP_ALIVE_S))
         self._service.mood = Mood.SERVING
         keep_state = self._predictor_state.keep(self._config.predictor_state_interval)
-        endless = (self._tick(), self._lag.run(), self._hangs.run(), keep_state)
+        endless = (self._tick(), self._hangs.run(), keep_state)
         self._tickers = [asyncio.create_task(one) for one in endless]
+        self._lag.start()
         report.show(
             report.ready_block(
                 self._config,
@@ -345,6 +346,7 @@ class Server:
     async def close(self) -> None:
         """Take everything down; also after a start that failed half-way."""
         error: TinferError = NoWorker("the server is stopping")
+        self._lag.stop()
         for ticker in self._tickers:
             ticker.cancel()
         self._rolling.close()
