@@ -19,6 +19,7 @@ from tinfer.client.errors import (
     Overloaded,
     RequestTimeout,
     ServerUnavailable,
+    TinferClientError,
     Unauthorized,
     UnexpectedAnswer,
 )
@@ -134,7 +135,7 @@ async def test_counters_that_fall_make_no_negative_rates(box: MeteredBox) -> Non
     assert not view.was_restarted
     assert (view.requests.accepted_per_s, view.output_tokens_per_s) == (3.0, 250.0)
     assert (view.ttft.num, view.ttft.mean_s) == (4, pytest.approx(0.31 / 4))
-    view = view_of(URL, before, await scraped(MeteredBox(), 12.0), 5)
+    view = view_of(URL, before, await scraped(MeteredBox(), 12.0, started_s=1000.0), 5)
     assert (view.requests.accepted_per_s, view.output_tokens_per_s) == (0.0, 0.0)
     assert msgspec.structs.asdict(view.ttft) == NOTHING
 
@@ -311,5 +312,5 @@ async def test_what_was_seen_last_stays_while_the_server_is_gone(box: MeteredBox
         (UnexpectedAnswer("what is no JSON"), False),
     ],
 )
-def test_what_is_worth_trying_on(error: Exception, passes: bool) -> None:
-    assert may_pass(error) is passes  # type: ignore[arg-type]
+def test_what_is_worth_trying_on(error: TinferClientError, passes: bool) -> None:
+    assert may_pass(error) is passes
