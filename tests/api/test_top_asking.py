@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.api.wayward import Act, Wayward, half, refuse, reset, say, status, wayward
+from tests.api.wayward import Act, Wayward, half, refuse, say, status, wayward
 from tinfer.client import AsyncClient, Unauthorized, UnexpectedAnswer
 from tinfer.errors import StartError
 from tinfer.top.app import Lost, TopOptions, look, once
@@ -40,7 +40,7 @@ async def test_one_look(server: Wayward, client: AsyncClient) -> None:
     assert before_s <= seen.at_s <= time.monotonic()
 
 
-@pytest.mark.parametrize("failure", [reset, half, DOWN, refuse(500, "broken", "Internal")])
+@pytest.mark.parametrize("failure", [half, DOWN, refuse(500, "broken", "Internal")])
 @pytest.mark.parametrize("num_good", [0, 1, 2])
 async def test_what_may_pass_is_lost(
     server: Wayward, client: AsyncClient, failure: Act, num_good: int
@@ -81,7 +81,7 @@ async def test_two_looks_are_compared(server: Wayward) -> None:
 
 
 async def test_a_server_that_goes_between_two_looks(server: Wayward) -> None:
-    server.does(say(STATE), say({}), status(200, ""), reset)
+    server.does(say(STATE), say({}), status(200, ""), DOWN)
     options = TopOptions(url=server.url, api_key=None, interval_s=0.1, num_waiting=5)
     with pytest.raises(Lost):
         await once(options)
