@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.process.box import Server, running, until
+from tests.process.box import running, until
 from tests.process.load import Request, completion
 from tests.process.terminal import CTRL_C, Program, on_terminal
 

@@ -102,9 +102,7 @@ async def live(options: TopOptions, console: Console) -> int:
         watching = asyncio.create_task(_watch(options, screen))
         leaving = asyncio.create_task(screen.left())
         try:
-            done, _ = await asyncio.wait(
-                {watching, leaving}, return_when=asyncio.FIRST_COMPLETED
-            )
+            done, _ = await asyncio.wait({watching, leaving}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             watching.cancel()
             leaving.cancel()

@@ -35,8 +35,8 @@ class Buckets(NamedTuple):
         return self.total / self.num if self.num else None
 
     def quantile(self, share: float) -> float | None:
-        """The value that this share (above 0) of all values does not exceed, as if those of a bucket
-        lay evenly in it; the highest finite bound for what lies above it, None without values.
+        """The value that this share (above 0) of all does not exceed, as if those of a bucket lay
+        evenly in it; the highest finite bound for what lies above it, None without values.
 
         Source: Prometheus, `histogram_quantile`, so that dashboards show the same.
         """

@@ -195,7 +195,9 @@ def _why(reasons: dict[str, int]) -> str:
 
 
 def _handoffs(handoffs: Handoffs) -> list[str]:
-    leases = [f"{words.count(num)} {_clean(state)}" for state, num in handoffs.leases.items() if num]
+    leases = [
+        f"{words.count(num)} {_clean(state)}" for state, num in handoffs.leases.items() if num
+    ]
     return [
         words.rate(handoffs.per_s),
         f"{words.size(handoffs.bytes_per_s)}/s",

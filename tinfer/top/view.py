@@ -66,9 +66,9 @@ class Waiting(Struct, frozen=True, kw_only=True):
 
 
 class Handoffs(Struct, frozen=True, kw_only=True):
-    """Of the interval; `num_recomputed` are those whose copy failed, so far. `leases` are open ones
-    by state, `num_pulls` copies under way, `num_zombies` requests that are over for their client and
-    not yet for a worker: all three as they are now."""
+    """Of the interval; `num_recomputed` are those whose copy failed, so far. As they are now:
+    open `leases` by state, `num_pulls` copies under way, and `num_zombies` requests that are over
+    for their client and not yet for a worker."""
 
     per_s: float | None
     bytes_per_s: float | None
