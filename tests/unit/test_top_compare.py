@@ -200,12 +200,13 @@ async def test_the_state_of_a_worker(
 
 async def test_the_first_that_wait(box: MeteredBox) -> None:
     told = [msgspec.to_builtins(waiting(request_id=f"r{place}")) for place in range(9)]
+    told.append(msgspec.to_builtins(waiting(request_id="h", phase="handoff")))
     phases = {"queued": 100, "prefilling": 1, "handoff": 50, "decoding": 3}
     state = {**STATE, "waiting": told, "requests_by_phase": phases}
     scrape = await scraped(box, 1.0, state, {**LEDGER, "pulls": 2, "zombies": 1})
     view = view_of(URL, None, scrape, 2)
     assert view.waiting == [waiting(request_id="r0"), waiting(request_id="r1")]
-    assert (view.num_waiting, view.requests_by_phase) == (150, phases)
+    assert (view.num_waiting, view.requests_by_phase) == (101, phases)
     assert (view.handoffs.num_pulls, view.handoffs.num_zombies) == (2, 1)
     assert view_of(URL, None, scrape, 0).waiting == []
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tinfer.top.change import Change
-from tinfer.top.scrape import Accounts, Metrics, Scrape, WorkerState
+from tinfer.top.scrape import Accounts, Metrics, Scrape, State, WorkerState
 from tinfer.top.view import Handoffs, Lengths, Requests, Timing, View, WorkerView
 
 # When the master's process was started, in Unix time: another one is another server.
@@ -38,7 +38,6 @@ def view_of(url: str, before: Scrape | None, now: Scrape, num_waiting: int) -> V
     """What is shown of `now`, with the change since `before`; of the requests that wait, the first
     `num_waiting`."""
     interval, metrics, state = _Interval(before, now), now.metrics, now.state
-    phases = state.requests_by_phase
     started_s = metrics.total(_STARTED)
     return View(
         url=url,
@@ -58,14 +57,20 @@ def view_of(url: str, before: Scrape | None, now: Scrape, num_waiting: int) -> V
         e2el=interval.timing("vllm:e2e_request_latency_seconds"),
         loop_lag=interval.timing("tinfer:loop_lag_seconds"),
         workers=[_worker(interval, metrics, worker) for worker in state.workers],
-        requests_by_phase=phases,
-        # The state names no more than some of each kind.
-        num_waiting=max(len(state.waiting), phases.get("queued", 0) + phases.get("handoff", 0)),
+        requests_by_phase=state.requests_by_phase,
+        num_waiting=_num_waiting(state),
         waiting=state.waiting[:num_waiting],
         handoffs=_handoffs(interval, metrics, now.accounts),
         lengths=_lengths(interval.change),
         lengths_so_far=_lengths(Change(None, metrics)),
     )
+
+
+def _num_waiting(state: State) -> int:
+    """All that are queued, of which the state names only the first, and the others that it names:
+    a hand-off that is being copied waits for nobody."""
+    others = sum(waiting.phase != "queued" for waiting in state.waiting)
+    return state.requests_by_phase.get("queued", 0) + others
 
 
 def _requests(interval: _Interval, metrics: Metrics) -> Requests:
