@@ -45,7 +45,7 @@ def test_a_wide_terminal_shows_all() -> None:
     assert "2.00/s  1.2 MB/s  copy 3.20 ms  1 recomputed" in handoffs
     assert "leases 2 waiting, 1 reading  pulls 1" in handoffs
     (lengths,) = [line for line in lines if line.startswith("lengths")]
-    assert "78% of 12 within the interval  error 14.0 tokens" in lengths
+    assert "78% of 12 in the predicted interval  error 14.0 tokens" in lengths
     assert lengths.endswith("so far 81% of 1,200, 12.5 tokens")
     assert row(lines, "TTFT") == "TTFT 12 13.4 ms 13.4 ms 40.2 ms".split()
     assert row(lines, "loop lag") == "loop lag 200 0.40 ms 0.40 ms 1.20 ms".split()

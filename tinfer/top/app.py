@@ -25,7 +25,6 @@ from tinfer.top.view import Sight, View
 
 # A server that has not answered by then is as good as gone; it may come back.
 ANSWER_TIMEOUT_S = 5.0
-HINT = "q or Ctrl-C leaves"
 
 
 class TopOptions(Struct, frozen=True, kw_only=True):
@@ -120,7 +119,7 @@ async def _watch(options: TopOptions, screen: Screen) -> int:
                 watch.saw(await look(client))
             except Lost as error:
                 watch.lost(str(error), time.monotonic())
-            screen.show(Picture(watch.sight, HINT))
+            screen.show(Picture(watch.sight, screen.hint))
             await asyncio.sleep(max(0.0, due_s - time.monotonic()))
 
 

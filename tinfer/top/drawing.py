@@ -210,8 +210,9 @@ def _handoffs(handoffs: Handoffs) -> list[str]:
 
 
 def _lengths(lengths: Lengths, so_far: Lengths) -> list[str]:
+    right = f"{words.share(lengths.within_share)} of {words.count(lengths.num)}"
     return [
-        f"{words.share(lengths.within_share)} of {words.count(lengths.num)} within the interval",
+        f"{right} in the predicted interval",
         f"error {words.tokens(lengths.mean_error_tokens)}",
         f"so far {words.share(so_far.within_share)} of {words.count(so_far.num)},"
         f" {words.tokens(so_far.mean_error_tokens)}",

@@ -58,6 +58,11 @@ class Screen:
         for number in (*_ENDS, signal.SIGTSTP, signal.SIGWINCH):
             self._loop.remove_signal_handler(number)
 
+    @property
+    def hint(self) -> str:
+        """How to leave."""
+        return "Ctrl-C leaves" if self._keys is None else "q or Ctrl-C leaves"
+
     async def left(self) -> int:
         """The exit code, once the user wants to leave: 0 by a key, 128 and its number by a
         signal."""
