@@ -26,6 +26,7 @@ NOWHERE = "http://127.0.0.1:9"
 CTRL_Z = "\x1a"
 OTHER_SCREEN, FIRST_SCREEN = "\x1b[?1049h", "\x1b[?1049l"
 CURSOR_SHOWN = "\x1b[?25h"
+BOLD_RED = "\x1b[1;31m"
 # Stands in for a shell, which has the terminal before and after.
 SHELL = """
 import signal, subprocess, sys, termios
@@ -61,6 +62,8 @@ async def test_one_view_of_a_server_that_works(tmp_path: Path) -> None:
             top, server.url, "--interval", "0.3", "--json", str(file), COLUMNS="80"
         )
         assert (done.returncode, done.stderr) == (0, ""), done
+        plain = await asyncio.to_thread(top, server.url, "--interval", "0.1")
+        assert plain.returncode == 0 and "2 decoding" in plain.stdout, "no terminal: once"
         under_way.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await under_way
@@ -150,17 +153,25 @@ def test_it_can_be_left_while_no_server_is_there(tmp_path: Path, keys: str, code
     with on_terminal(tmp_path, "-c", SHELL, *TOP, NOWHERE, "--interval", "600") as program:
         program.see("nothing answers at " + NOWHERE)
         assert not program.echoes
+        # Drawn anew at once, and not with the next look.
+        program.resize(40)
+        program.see("nothing answers at " + NOWHERE)
         program.type(keys)
         program.see(f"ended with {code}, typed text is shown: True")
         assert program.wait_end() == 0
         check_restored(program)
         assert "Traceback" not in program.screen
+        assert BOLD_RED in program.written
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_gives_the_terminal_back(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_gives_the_terminal_back(
+    tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
     with on_terminal(tmp_path, *TOP, NOWHERE) as program:
         program.see("trying on")
         program.process.send_signal(number)
         assert program.wait_end() == 128 + number, program.screen
         check_restored(program)
+        assert BOLD_RED not in program.written
