@@ -149,7 +149,10 @@ async def test_a_live_view_while_workers_and_server_come_and_go(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("keys", "code"), [(CTRL_C, 130), ("q", 0), ("Q", 0)])
-def test_it_can_be_left_while_no_server_is_there(tmp_path: Path, keys: str, code: int) -> None:
+def test_it_can_be_left_while_no_server_is_there(
+    tmp_path: Path, keys: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
     with on_terminal(tmp_path, "-c", SHELL, *TOP, NOWHERE, "--interval", "600") as program:
         program.see("nothing answers at " + NOWHERE)
         assert not program.echoes

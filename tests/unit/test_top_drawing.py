@@ -167,6 +167,7 @@ def test_a_server_that_is_gone(width: int) -> None:
     after = drawn(Sight(url=URL, view=view(), trouble=why, lost_s=3.21), width)
     assert f"{why}; last seen 3.21 s ago; trying on" in " ".join(after)
     assert row(after, "prefill-0"), "what was seen last stays"
+    assert "ok" not in " ".join(after).split(), "but not how well it was"
 
 
 def test_a_server_that_is_another_one_now() -> None:

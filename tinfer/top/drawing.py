@@ -122,15 +122,15 @@ def _head(sight: Sight, hint: str, width: int) -> Text:
     view = sight.view
     pieces = [Text(_clean(sight.url))]
     if view is not None:
-        status = view.status or ("ok" if view.is_healthy else "unhealthy")
-        is_ok = view.is_healthy and not sight.trouble
         pieces = [
             Text(_clean(view.model), style="bold"),
             *pieces,
             Text(f"tinfer {_clean(view.version)}"),
             Text(f"up {words.duration(view.uptime_s)}"),
-            Text(_clean(status), style="green" if is_ok else "bold red"),
         ]
+    if view is not None and not sight.trouble:
+        status = view.status or ("ok" if view.is_healthy else "unhealthy")
+        pieces.append(Text(_clean(status), style="green" if view.is_healthy else "bold red"))
         if view.was_restarted:
             pieces.append(Text("restarted", style="yellow"))
     if hint:
