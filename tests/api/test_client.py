@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.api.wayward import Wayward, half, hang, refuse, reset, say, status, wayward
+from tests.api.wayward import Wayward, half, hang, refuse, reset, say, status, stream, wayward
 from tinfer.client import (
     ApiError,
     AsyncClient,
@@ -87,6 +87,14 @@ async def test_any_endpoint(server: Wayward, client: AsyncClient) -> None:
     assert (found.status, bytes(found.body), found.request_id) == (201, b'{"a":1.50,"b":[]}', "r")
     assert server.seen[1].path == "/v1/later" and server.seen[1].body == {"big": 1.0}
     assert (await client.post("/v1/later", {"x": 1})).request_id is None
+
+
+async def test_metrics_are_text(server: Wayward, client: AsyncClient) -> None:
+    server.does(reset, status(200, "a 1\n"), stream(b"\xff"))
+    assert await client.metrics() == "a 1\n"
+    assert [(seen.method, seen.path) for seen in server.seen[1:]] == [("GET", "/metrics")]
+    with pytest.raises(UnexpectedAnswer, match="/metrics answers what is no text"):
+        await client.metrics()
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,7 @@ async def test_the_sync_client(server: Server) -> None:
             assert opened.usage is not None and opened.usage.completion_tokens == 5
             assert [model.id for model in client.models()] == ["tiny", "org/tiny"]
             assert client.ledger() == {"open_requests": 0}
+            assert "canned_state 2.0\n" in client.metrics()
             with client.stream_completions("a") as left:
                 assert next(left).text == "a"
 

@@ -53,6 +53,15 @@ class Program:
         """Everything written so far, without the terminal's control sequences."""
         return _ESCAPES.sub("", self._read)
 
+    @property
+    def echoes(self) -> bool:
+        """Whether the terminal shows what is typed, as it does for a shell."""
+        return bool(termios.tcgetattr(self._master)[3] & termios.ECHO)
+
+    def resize(self, num_columns: int) -> None:
+        """Make the terminal another number of columns wide, as a person does with its window."""
+        fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", 40, num_columns, 0, 0))
+
     def type(self, text: str) -> None:
         """Keys as they are."""
         os.write(self._master, text.encode())

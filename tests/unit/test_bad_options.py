@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 import tinfer.master.app
 import tinfer.tuner.app
 from tests.unit.tune_box import tuning
-from tinfer.cli import batch, main, plan, serve, sim_options, simulate, tune
+from tinfer.cli import batch, main, plan, serve, sim_options, simulate, top, tune
 from tinfer.config import ServeConfig
 from tinfer.sim import parallel
 from tinfer.tune import store
@@ -124,6 +124,12 @@ BAD: dict[str, dict[str, tuple[str, ...]]] = {
         "--request-timeout": ABOVE_ZERO,
         "--json": RESULT["--json"],
     },
+    "top": {
+        "--url": ("", "not a url", "ftp://x", "http://x:0"),
+        "--interval": (*ABOVE_ZERO, "0.09", "3601"),
+        "--waiting": ("-1", "201", *WHOLE_NUMBER),
+        "--json": RESULT["--json"],
+    },
 }
 COMMANDS: dict[str, click.Command] = {
     "serve": serve.command,
@@ -131,6 +137,7 @@ COMMANDS: dict[str, click.Command] = {
     "plan": plan.command,
     "tune": tune.command,
     "batch": batch.command,
+    "top": top.command,
 }
 # A run that a bad value does not stop is small; one that stands for all is enough for a plan.
 PREFIX = {
@@ -139,6 +146,7 @@ PREFIX = {
     "plan": ["plan", "--gpus", "2", "--num-requests", "2"],
     "tune": ["tune", "--engine", "fake"],
     "batch": ["batch", "/dev/null", "/no/such/folder/out"],
+    "top": ["top", "--once"],
 }
 # What an option's message calls it, where it is not the flag.
 CALLED = {
@@ -161,6 +169,7 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tinfer.tuner.app, "tune", begun)
     monkeypatch.setattr(parallel, "done_in_parallel", begun)
     monkeypatch.setattr("tinfer.sim.plan_app.done_in_parallel", begun)
+    monkeypatch.setattr("tinfer.top.app.once", begun)
 
 
 def invoke(*words: str) -> Result:
@@ -252,6 +261,9 @@ def test_every_policy_is_among_them() -> None:
         ("batch /dev/null out -- --no-such-option", "--no-such-option"),
         ("batch /dev/null out -- --route split --decode 0", "--route split"),
         ("batch /dev/null out -- --prefill 1 m", "--model m"),
+        ("top http://x --url http://y", "one server at a time"),
+        ("top http://x:0", "URL"),
+        ("top http://x http://y", "http://y"),
     ],
 )
 def test_what_contradicts_is_named(words: str, told: str) -> None:

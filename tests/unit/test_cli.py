@@ -290,7 +290,9 @@ sys.exit(code)
 """
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["serve", "--port", "x"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["serve", "--help"], ["top", "--help"], ["serve", "--port", "x"]]
+)
 def test_help_and_mistakes_load_nothing_heavy(arguments: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, *arguments],

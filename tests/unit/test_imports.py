@@ -41,6 +41,7 @@ MAY_USE = {
     "batch": {"client", "own_server"},
     "offline": {"client", "own_server", "config"},
     "admin": {"client"},
+    "top": {"client"},
     "workloads": {"core"},
     "worker": {"wire", "core", "config"},
     # Of the workloads only the request log's records.
@@ -80,6 +81,7 @@ WITHOUT_ENGINE = [
     "tinfer.bench.compare.app",
     "tinfer.batch.app",
     "tinfer.offline",
+    "tinfer.top.app",
 ]
 
 

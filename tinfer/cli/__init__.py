@@ -12,6 +12,7 @@ _COMMANDS = {
     "chat": "Chat in the terminal with a server, or with one started for it.",
     "batch": "Answer a file of requests into a file, in OpenAI's batch format.",
     "bench": "Measure a running server, and draw what was measured.",
+    "top": "Watch a running server in the terminal: rates, latencies, workers, what waits.",
     "drain": "Take a worker of a running server out of service; no stream is lost.",
     "restart": "Start a worker of a running server anew; no stream is lost.",
     "tune": "Measure this box for a model: what a step and a hand-off cost, and the chunk size.",

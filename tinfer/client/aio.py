@@ -238,6 +238,10 @@ class AsyncClient:
         """Workers, requests by phase and what waits, as the server's `/debug/state` tells."""
         return await self._get(dict[str, Any], "/debug/state")
 
+    async def metrics(self) -> str:
+        """What `/metrics` shows, as text in Prometheus' format."""
+        return await self._connection.fetch_text("GET", "/metrics", Deadlines(self._limits))
+
     async def drain(self, worker: str, drain_timeout_s: float = 30.0) -> None:
         """Begin to take a worker out of service: it starts nothing new, and stops once it is empty.
 

@@ -101,6 +101,16 @@ class Connection:
             ) from error
         return JsonAnswer(response.status, told, response.headers.get("X-Request-Id"))
 
+    async def fetch_text(self, method: str, path: str, deadlines: Deadlines) -> str:
+        """The whole answer of one request as text. Raises `TinferClientError`."""
+        _, said = await self._read(method, path, None, deadlines)
+        try:
+            return said.decode()
+        except UnicodeDecodeError as error:
+            raise UnexpectedAnswer(
+                f"{self.base_url}{path} answers what is no text: {error}"
+            ) from error
+
     async def _read(
         self, method: str, path: str, body: object, deadlines: Deadlines
     ) -> tuple[aiohttp.ClientResponse, bytes]:

@@ -306,6 +306,10 @@ class Client:
         """Workers, requests by phase and what waits, as the server's `/debug/state` tells."""
         return self._thread.run(self._client.state)
 
+    def metrics(self) -> str:
+        """What `/metrics` shows, as text in Prometheus' format."""
+        return self._thread.run(self._client.metrics)
+
     def drain(self, worker: str, drain_timeout_s: float = 30.0) -> None:
         """Begin to take a worker out of service: it starts nothing new, and stops once it is empty.
 
