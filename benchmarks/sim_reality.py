@@ -70,7 +70,7 @@ def real(url: str, words: Sequence[str]) -> tuple[dict[str, float], dict[str, in
     found = tinfer(["bench", "serve", "--base-url", url, *metrics, *words])
     if found["failed"]:
         raise RuntimeError(f"{found['failed']} requests failed")
-    routes = Counter(str(one["route"]) for one in found["requests"])
+    routes = Counter(str(one["route"]) for one in found["records"])
     return {name: float(found[name]) for name in FIGURES}, dict(sorted(routes.items()))
 
 
