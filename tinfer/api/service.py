@@ -5,7 +5,7 @@ The master implements `Service`; tests of the API implement it with canned strea
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Literal, Protocol
 
 from msgspec import Struct
@@ -127,6 +127,11 @@ class Service(Protocol):
 
     def state(self) -> dict[str, Any]:
         """Workers and requests by phase: the body of `/debug/state`."""
+        ...
+
+    def trace(self, seconds: float, request_id: str | None) -> Iterator[list[dict[str, Any]]]:
+        """What the last `seconds` saw, of all or of one request, as Chrome trace events in batches
+        that are made as they are taken. Raises `RequestNotFound`, at once."""
         ...
 
     def drain(self, worker_id: str, timeout_s: float) -> None:
