@@ -1,6 +1,6 @@
 """`GET /debug/trace`: what the last seconds saw, as a Chrome trace.
 
-It is written in batches, between which streams move, as `/metrics` is.
+A full one has tens of megabytes, so it is made and written in batches, between which streams move.
 """
 
 from __future__ import annotations
@@ -35,22 +35,28 @@ QUERY = (
 )
 
 
-async def handle(api: Api, request: web.Request) -> web.Response:
+async def handle(api: Api, request: web.Request) -> web.StreamResponse:
     """Workers as processes, phases of requests as slices, for Perfetto or chrome://tracing."""
     request_id = request.query.get("request_id")
     if request_id == "":
         raise InvalidRequest("must not be empty", param="request_id")
     default = DEFAULT_SECONDS if request_id is None else MAX_SECONDS
     seconds = seconds_of(request.query.get("seconds"), default)
-    parts: list[bytes] = []
-    for batch in api.service.trace(seconds, request_id):
-        parts += map(msgspec.json.encode, batch)
-        await asyncio.sleep(0)
+    batches = api.service.trace(seconds, request_id)
     other = msgspec.json.encode({"server": "tinfer", "version": api.options.version})
-    head = b'{"displayTimeUnit":"ms","otherData":%b,"traceEvents":[\n' % other
-    return web.Response(
-        body=head + b",\n".join(parts) + b"\n]}\n", content_type="application/json"
-    )
+    response = web.StreamResponse()
+    response.content_type = "application/json"
+    await response.prepare(request)
+    await response.write(b'{"displayTimeUnit":"ms","otherData":%b,"traceEvents":[' % other)
+    between = b"\n"
+    for batch in batches:
+        if batch:
+            await response.write(between + b",\n".join(map(msgspec.json.encode, batch)))
+            between = b",\n"
+        await asyncio.sleep(0)
+    await response.write(b"\n]}\n")
+    await response.write_eof()
+    return response
 
 
 def seconds_of(text: str | None, default: float) -> float:

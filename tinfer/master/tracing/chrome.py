@@ -48,15 +48,11 @@ class _Drawing:
     def batches(self) -> Iterator[list[Event]]:
         """See `trace_events`."""
         yield list(self._processes())
-        yield [self._happening(one.at_s, one.name, one.worker_id, one.args) for one in self._shown]
+        yield from _batched(self._happenings())
         for worker_id, rows in self._lately.steps.items():
             if worker_id in self._pids:
                 yield from _batched(self._steps(worker_id, rows))
         yield from self._requests()
-
-    @property
-    def _shown(self) -> list[Any]:
-        return [one for one in self._lately.happenings if one.worker_id in self._pids]
 
     # --- processes ----------------------------------------------------------------------------
 
@@ -68,9 +64,13 @@ class _Drawing:
             yield _about(pid, "process_sort_index", sort_index=pid)
             yield _about(pid, "thread_name", name="events" if place == MASTER else "steps")
 
-    def _happening(self, at_s: float, name: str, worker_id: str, args: Event) -> Event:
-        event = self._event("i", name, "happening", worker_id, _WHOLE_PROCESS, at_s)
-        return {**event, "s": "p", "args": args}
+    def _happenings(self) -> Iterator[Event]:
+        for one in self._lately.happenings:
+            if one.worker_id in self._pids:
+                event = self._event(
+                    "i", one.name, "happening", one.worker_id, _WHOLE_PROCESS, one.at_s
+                )
+                yield {**event, "s": "p", "args": one.args}
 
     def _event(
         self, kind: str, name: str, category: str, place: str, tid: int, at_s: float
@@ -94,10 +94,8 @@ class _Drawing:
         before_s = 0.0
         counts: tuple[float, float] | None = None
         used: float | None = None
-        for row in steps.read(rows):
+        for row in steps.read(rows, self._lately.since_s):
             start_s, before_s = max(before_s, row.end_s - row.busy_s), row.end_s
-            if row.end_s < self._lately.since_s:
-                continue
             if row.num_steps > 0:
                 yield self._step(worker_id, row, start_s)
             if counts != (row.num_running, row.num_waiting):

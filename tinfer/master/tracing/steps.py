@@ -7,6 +7,7 @@ lies between two messages is their difference. Nothing here costs more with more
 from __future__ import annotations
 
 import struct
+from bisect import bisect_left
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -71,6 +72,13 @@ class StepRing:
         return bytes(self._rows[cut:] + self._rows[:cut])
 
 
-def read(rows: bytes) -> Iterator[Steps]:
-    """What `StepRing.copy` gave, row by row."""
-    return map(Steps._make, _ROW.iter_unpack(rows))
+def read(rows: bytes, since_s: float = 0.0) -> Iterator[Steps]:
+    """What `StepRing.copy` gave, row by row, from the first one that came at `since_s` or later."""
+    num_rows = len(rows) // _ROW.size
+    first = bisect_left(range(num_rows), since_s, key=lambda row: _end_s(rows, row))
+    return map(Steps._make, _ROW.iter_unpack(memoryview(rows)[first * _ROW.size :]))
+
+
+def _end_s(rows: bytes, row: int) -> float:
+    end_s: float = _ROW.unpack_from(rows, row * _ROW.size)[0]
+    return end_s
