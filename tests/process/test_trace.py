@@ -40,13 +40,13 @@ async def seen(server: Server, *arguments: str) -> Seen:
 
 
 async def test_a_request_is_shown_as_it_was_told(tmp_path: Path) -> None:
-    with running(tmp_path, STEADY, prefill=1, decode=1, chunk_size=64) as server:
+    with running(tmp_path, STEADY, prefill=1, decode=1) as server:
         rng = random.Random(1)
         async with tinfer.AsyncClient(server.url, trace=True) as client:
             told: dict[str, dict[str, Any]] = {}
             for name in ("one", "two"):
                 answer = await client.completions(
-                    [rng.randrange(1, 256) for _ in range(200)],
+                    [rng.randrange(1, 256) for _ in range(1200)],
                     max_tokens=30,
                     extra={"request_id": name},
                 )

@@ -8,16 +8,17 @@ import pytest
 
 from tests.unit.master_box import D, DispatcherBox, P, read
 from tests.unit.trace_box import Seen
+from tinfer.api.service import Generation
 from tinfer.core import events
 from tinfer.core.sampling import SamplingSpec
-from tinfer.api.service import Generation
 from tinfer.core.types import Role
 from tinfer.errors import NoWorker, RequestNotFound
 from tinfer.master.timeline import MAX_MARKS, MAX_MARKS_WITH_CHUNKS, Timeline
 from tinfer.master.tracing.chrome import assign_lanes, trace_events
 from tinfer.master.tracing.recorder import Recorder, record_of
 from tinfer.master.tracing.slices import Slice, slices_of
-from tinfer.master.tracing.steps import StepRing, read as read_steps
+from tinfer.master.tracing.steps import StepRing
+from tinfer.master.tracing.steps import read as read_steps
 from tinfer.wire import messages as wire
 from tinfer.wire.links import Incarnation
 
@@ -311,7 +312,7 @@ async def test_a_request_is_found_by_each_of_its_ids(box: Box) -> None:
 
 async def test_no_prompt_is_kept(box: Box) -> None:
     box.dispatcher.recorder = recorder = Recorder()
-    generation = Generation([1, 2], SamplingSpec(1), prompt_text="the secret")
+    generation = Generation([1, 2], SamplingSpec(8), prompt_text="the secret")
     box.dispatcher.submit("r", generation)
     box.step(P, [7], 1, "the answer", 10, finish_reason="stop")
     kept = repr(recorder._requests)

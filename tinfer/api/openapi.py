@@ -140,8 +140,8 @@ class Endpoint(Struct, frozen=True, kw_only=True):
     `takes` is the struct that the body is decoded into; `gives` the type of the answer's JSON, None
     for an empty body; `event` one choice of a stream's chunk, where the endpoint generates; `texts`
     the media types of an answer that is text; `query` its parameters behind the path, as the
-    document has them. Errors are answered with an `ErrorBody`, those in `plain_errors` also in plain
-    text.
+    document has them. Errors are answered with an `ErrorBody`, those in `plain_errors` also in
+    plain text.
     """
 
     method: str

@@ -31,7 +31,7 @@ from tinfer.master.request_log import RequestLog
 from tinfer.master.scheduling import block_hashes
 from tinfer.master.streams import RequestStream
 from tinfer.master.timeline import StartKind, Timeline, What
-from tinfer.master.tracing.recorder import FleetEvent, Lately, Recorder
+from tinfer.master.tracing.recorder import FleetEvent, Recorder
 from tinfer.master.translation import error_of, key_of, lease_of, owner_of, source_key, stepped
 from tinfer.predict.asked import Predictor
 from tinfer.wire import messages as wire
@@ -142,6 +142,10 @@ class Dispatcher:
     def waiting(self, limit: int) -> list[WaitingSnapshot]:
         """Requests that wait, and why."""
         return self._scheduler.waiting(self._clock.now_s(), limit)
+
+    def lately(self, seconds: float, request_id: str | None) -> Lately:
+        """What the last `seconds` saw, of all or of one request. Raises `RequestNotFound`."""
+        return self.recorder.lately(self._live.values(), self._clock.now_s(), seconds, request_id)
 
     @property
     def num_live(self) -> int:

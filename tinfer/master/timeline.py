@@ -13,11 +13,11 @@ from tinfer.api.trace import Predicted, Trace
 from tinfer.wire import messages as wire
 
 StartKind = Literal["prefill", "decode", "whole"]
-# `prefill`, `decode`, `whole`: sent to a worker. `chunk`: a part of the prompt is computed. `token`:
-# the first one. `held`: a split prefill is done. `decodes`: the first output of a start of which no
-# blocks are held. `pulled`: a reader has stopped. `preempted`, and then `resumed` from blocks that
-# another worker holds, or `recomputes`. `reprefill`, `reprefilled`: there, for a preempted request.
-# `lost`: the worker died.
+# `prefill`, `decode`, `whole`: sent to a worker. `chunk`: a part of the prompt is computed.
+# `token`: the first one. `held`: a split prefill is done. `decodes`: the first output of a start
+# of which no blocks are held. `pulled`: a reader has stopped. `preempted`, and then `resumed` from
+# blocks that another worker holds, or `recomputes`. `reprefill`, `reprefilled`: there, for a
+# preempted request. `lost`: the worker died.
 What = Literal[
     StartKind,
     "chunk",

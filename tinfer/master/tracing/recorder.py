@@ -159,9 +159,18 @@ class Recorder:
 
     # --- what is shown ------------------------------------------------------------------------
 
-    def lately(self, running: Iterable[LiveRequest], now_s: float, seconds: float) -> Lately:
-        """What the last `seconds` saw, requests that are `running` included."""
+    def lately(
+        self,
+        running: Iterable[LiveRequest],
+        now_s: float,
+        seconds: float,
+        name: str | None = None,
+    ) -> Lately:
+        """What the last `seconds` saw, requests that are `running` included; or only of those that
+        have this id, which are all answers of a response. Raises `RequestNotFound`."""
         since_s = now_s - seconds
+        if name is not None:
+            return self._of_request(name, running, now_s, since_s)
         refusals = (one for _, one in self._refusals)
         return Lately(
             since_s,
@@ -172,12 +181,9 @@ class Recorder:
             [one for one in (*self._fleet, *refusals) if one.at_s >= since_s],
         )
 
-    def of_request(
-        self, name: str, running: Iterable[LiveRequest], now_s: float, seconds: float
+    def _of_request(
+        self, name: str, running: Iterable[LiveRequest], now_s: float, since_s: float
     ) -> Lately:
-        """The same of one request alone, by any of its ids; of a response with several answers, all
-        of them. Raises `RequestNotFound`."""
-        since_s = now_s - seconds
         found = [
             one
             for one in self._known(running)
