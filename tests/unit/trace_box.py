@@ -104,4 +104,4 @@ class Seen:
 
     def seconds_of(self, name: str) -> float:
         """How long the slices of that name were, together."""
-        return sum(one["dur"] for one in self.slices(name)) / 1e6
+        return float(sum(one["dur"] for one in self.slices(name))) / 1e6

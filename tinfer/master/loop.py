@@ -31,7 +31,7 @@ from tinfer.master.request_log import RequestLog
 from tinfer.master.scheduling import block_hashes
 from tinfer.master.streams import RequestStream
 from tinfer.master.timeline import StartKind, Timeline, What
-from tinfer.master.tracing.recorder import FleetEvent, Recorder
+from tinfer.master.tracing.recorder import FleetEvent, Lately, Recorder
 from tinfer.master.translation import error_of, key_of, lease_of, owner_of, source_key, stepped
 from tinfer.predict.asked import Predictor
 from tinfer.wire import messages as wire
