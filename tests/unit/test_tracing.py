@@ -14,9 +14,9 @@ from tinfer.core.sampling import SamplingSpec
 from tinfer.core.types import Role
 from tinfer.errors import NoWorker, RequestNotFound
 from tinfer.master.timeline import MAX_MARKS, MAX_MARKS_WITH_CHUNKS, Timeline
-from tinfer.master.tracing.chrome import assign_lanes, trace_events
+from tinfer.master.tracing.chrome import Lanes, trace_events
 from tinfer.master.tracing.recorder import Recorder, record_of
-from tinfer.master.tracing.slices import Slice, slices_of
+from tinfer.master.tracing.slices import slices_of
 from tinfer.master.tracing.steps import StepRing
 from tinfer.master.tracing.steps import read as read_steps
 from tinfer.wire import messages as wire
@@ -158,8 +158,8 @@ async def test_a_preemption() -> None:
     seen = box.seen()
     assert seen.shown()[-6:] == [
         ("decode", DECODE, 0.0, 1.0),
-        ("reprefill", PREFILL, 1.0, 2.0),
         ("preempted", DECODE, 1.0, 2.0),
+        ("reprefill", PREFILL, 1.0, 2.0),
         ("pull", DECODE, 2.0, 3.0),
         ("copy", DECODE, 3.0, 3.0),
         ("decode", DECODE, 3.0, 4.0),
@@ -353,6 +353,9 @@ def test_a_ring_of_steps_keeps_the_last_ones() -> None:
     for number in range(1, 6):
         ring.add(1, wire.WorkerStats(num_steps=number, busy_s=float(number)), number, float(number))
         rows = list(read_steps(ring.copy()))
+        for since_s in (0.5, 2.5, 4.0, 5.5):
+            late = [row for row in rows if row.end_s >= since_s]
+            assert list(read_steps(ring.copy(since_s))) == late
         assert [row.end_s for row in rows] == list(range(max(1, number - 2), number + 1))
         assert all((row.num_steps, row.busy_s) == (1.0, 1.0) for row in rows)
     ring.add(2, wire.WorkerStats(num_steps=2, busy_s=0.5), 1, 9.0)
@@ -362,9 +365,9 @@ def test_a_ring_of_steps_keeps_the_last_ones() -> None:
 
 def test_lanes_are_used_again_and_never_by_two_at_once() -> None:
     times = [(0.0, 4.0), (1.0, 2.0), (2.0, 3.0), (2.5, 5.0), (4.0, 6.0), (4.0, 4.0)]
-    slices = [Slice("s", "p", start_s, end_s) for start_s, end_s in times]
-    assert assign_lanes(slices) == 3
-    assert [one.lane for one in slices] == [1, 2, 2, 3, 1, 2]
+    lanes = Lanes()
+    assert [lanes.take(*one) for one in times] == [1, 2, 2, 3, 1, 2]
+    assert lanes.num == 3
 
 
 async def test_a_snapshot_does_not_change_with_what_comes_after(box: Box) -> None:

@@ -9,6 +9,7 @@ which no two overlap.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from heapq import heappop, heappush
@@ -43,6 +44,7 @@ class _Drawing:
         ranks = {worker_id: _ROLES.index(role) for worker_id, role in roles.items()}
         workers = sorted(roles, key=lambda worker_id: (ranks[worker_id], worker_id))
         self._pids = {place: pid for pid, place in enumerate([MASTER, *workers], 1)}
+        self._lanes: defaultdict[str, Lanes] = defaultdict(Lanes)
         self._flow_ids = itertools.count(1)
 
     def batches(self) -> Iterator[list[Event]]:
@@ -94,7 +96,7 @@ class _Drawing:
         before_s = 0.0
         counts: tuple[float, float] | None = None
         used: float | None = None
-        for row in steps.read(rows, self._lately.since_s):
+        for row in steps.read(rows):
             start_s, before_s = max(before_s, row.end_s - row.busy_s), row.end_s
             if row.num_steps > 0:
                 yield self._step(worker_id, row, start_s)
@@ -125,20 +127,27 @@ class _Drawing:
     # --- requests -----------------------------------------------------------------------------
 
     def _requests(self) -> Iterator[list[Event]]:
-        slices: defaultdict[str, list[Slice]] = defaultdict(list)
-        for record in self._lately.requests:
+        """Slices in the order in which they begin, so that few of them are there at a time."""
+        numbers = itertools.count()
+        waiting: list[tuple[float, int, Slice]] = []
+        for record in sorted(self._lately.requests, key=lambda one: one.arrived_s):
+            yield from _batched(self._begun(waiting, record.arrived_s))
             for one in slices_of(record, self._lately.now_s):
                 if one.place in self._pids:
-                    slices[one.place].append(one)
-            yield []
-        for place, found in slices.items():
-            num_lanes = assign_lanes(found)
-            what = "queue" if place == MASTER else "requests"
-            for lane in range(1, num_lanes + 1):
-                name = f"{what} {lane}"
-                yield [_about(self._pids[place], "thread_name", tid=lane, name=name)]
-        for found in slices.values():
-            yield from _batched(event for one in found for event in self._slice(one))
+                    heappush(waiting, (one.start_s, next(numbers), one))
+        yield from _batched(self._begun(waiting, math.inf))
+
+    def _begun(self, waiting: list[tuple[float, int, Slice]], before_s: float) -> Iterator[Event]:
+        """Give a lane to each that begins before that, and draw it."""
+        while waiting and waiting[0][0] < before_s:
+            _, _, one = heappop(waiting)
+            lanes = self._lanes[one.place]
+            num_lanes = lanes.num
+            one.lane = lanes.take(one.start_s, one.end_s)
+            if lanes.num > num_lanes:
+                name = f"{'queue' if one.place == MASTER else 'requests'} {lanes.num}"
+                yield _about(self._pids[one.place], "thread_name", tid=lanes.num, name=name)
+            yield from self._slice(one)
 
     def _slice(self, one: Slice) -> Iterator[Event]:
         yield self._complete(one, one)
@@ -163,22 +172,25 @@ class _Drawing:
         return {**event, "dur": self._us(one.end_s) - event["ts"], "args": one.args}
 
 
-def assign_lanes(slices: list[Slice]) -> int:
-    """Give each slice the first lane that is free from its start on; returns how many there are."""
-    busy: list[tuple[float, int]] = []
-    free: list[int] = []
-    num_lanes = 0
-    slices.sort(key=lambda one: one.start_s)
-    for one in slices:
-        while busy and busy[0][0] <= one.start_s:
-            heappush(free, heappop(busy)[1])
-        if free:
-            one.lane = heappop(free)
+class Lanes:
+    """Rows for what may overlap; `num` of them were needed."""
+
+    def __init__(self) -> None:
+        self.num = 0
+        self._busy: list[tuple[float, int]] = []
+        self._free: list[int] = []
+
+    def take(self, start_s: float, end_s: float) -> int:
+        """The first row that is free from then on, by number from 1. Starts never go back."""
+        while self._busy and self._busy[0][0] <= start_s:
+            heappush(self._free, heappop(self._busy)[1])
+        if self._free:
+            lane = heappop(self._free)
         else:
-            num_lanes += 1
-            one.lane = num_lanes
-        heappush(busy, (one.end_s, one.lane))
-    return num_lanes
+            self.num += 1
+            lane = self.num
+        heappush(self._busy, (end_s, lane))
+        return lane
 
 
 def _about(pid: int, what: str, tid: int = _WHOLE_PROCESS, **args: Any) -> Event:

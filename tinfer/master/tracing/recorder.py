@@ -176,7 +176,7 @@ class Recorder:
             since_s,
             now_s,
             dict(self._roles),
-            {worker_id: ring.copy() for worker_id, ring in self._steps.items()},
+            {worker_id: ring.copy(since_s) for worker_id, ring in self._steps.items()},
             [one for one in self._known(running) if one.ended_s is None or one.ended_s >= since_s],
             [one for one in (*self._fleet, *refusals) if one.at_s >= since_s],
         )

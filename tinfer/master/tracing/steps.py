@@ -64,21 +64,26 @@ class StepRing:
         )
         self._num_added += 1
 
-    def copy(self) -> bytes:
-        """All rows, the oldest first, for `read`."""
-        cut = self._num_added % self._max_rows * _ROW.size
-        if self._num_added <= self._max_rows:
-            return bytes(self._rows[: self._num_added * _ROW.size])
-        return bytes(self._rows[cut:] + self._rows[:cut])
+    def copy(self, since_s: float = 0.0) -> bytes:
+        """The rows that came at `since_s` or later, the oldest first, for `read`."""
+        oldest = max(0, self._num_added - self._max_rows)
+        numbers = range(oldest, self._num_added)
+        first = oldest + bisect_left(numbers, since_s, key=self._end_s)
+        if first == self._num_added:
+            return b""
+        start, end = self._place(first), self._place(self._num_added)
+        rows = self._rows
+        return bytes(rows[start:end] if start < end else rows[start:] + rows[:end])
+
+    def _place(self, number: int) -> int:
+        """Where the row of that number lies, in bytes."""
+        return number % self._max_rows * _ROW.size
+
+    def _end_s(self, number: int) -> float:
+        end_s: float = _ROW.unpack_from(self._rows, self._place(number))[0]
+        return end_s
 
 
-def read(rows: bytes, since_s: float = 0.0) -> Iterator[Steps]:
-    """What `StepRing.copy` gave, row by row, from the first one that came at `since_s` or later."""
-    num_rows = len(rows) // _ROW.size
-    first = bisect_left(range(num_rows), since_s, key=lambda row: _end_s(rows, row))
-    return map(Steps._make, _ROW.iter_unpack(memoryview(rows)[first * _ROW.size :]))
-
-
-def _end_s(rows: bytes, row: int) -> float:
-    end_s: float = _ROW.unpack_from(rows, row * _ROW.size)[0]
-    return end_s
+def read(rows: bytes) -> Iterator[Steps]:
+    """What `StepRing.copy` gave, row by row."""
+    return map(Steps._make, _ROW.iter_unpack(rows))
