@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
-from tests.unit.master_box import D, DispatcherBox, P, read
-from tests.unit.trace_box import Seen
+from tests.unit.master_box import D, P, read
+from tests.unit.trace_box import Box
 from tinfer.api.service import Generation
 from tinfer.core import events
 from tinfer.core.sampling import SamplingSpec
 from tinfer.core.types import Role
 from tinfer.errors import NoWorker, RequestNotFound
 from tinfer.master.timeline import MAX_MARKS, MAX_MARKS_WITH_CHUNKS, Timeline
-from tinfer.master.tracing.chrome import Lanes, trace_events
+from tinfer.master.tracing.chrome import Lanes
 from tinfer.master.tracing.recorder import Recorder, record_of
 from tinfer.master.tracing.slices import slices_of
 from tinfer.master.tracing.steps import StepRing
@@ -23,32 +21,6 @@ from tinfer.wire import messages as wire
 from tinfer.wire.links import Incarnation
 
 MASTER, PREFILL, DECODE = "master", "p (prefill)", "d (decode)"
-
-
-class Clock:
-    """Time that a test moves."""
-
-    def __init__(self) -> None:
-        self.at_s = 100.0
-
-    def now_s(self) -> float:
-        return self.at_s
-
-
-class Box(DispatcherBox):
-    """A dispatcher whose time a test moves, and what it shows."""
-
-    def __init__(self, roles: str = "p d", **config: Any) -> None:
-        super().__init__(roles, **config)
-        self.clock = Clock()
-        self.dispatcher._clock = self.clock
-
-    def after(self, seconds: float) -> None:
-        self.clock.at_s += seconds
-
-    def seen(self, request_id: str | None = "r", seconds: float = 3600.0) -> Seen:
-        lately = self.dispatcher.lately(seconds, request_id)
-        return Seen([one for batch in trace_events(lately, 1_000_000) for one in batch])
 
 
 @pytest.fixture

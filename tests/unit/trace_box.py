@@ -1,10 +1,13 @@
-"""What has to hold of any trace, and its slices by name."""
+"""What has to hold of any trace, its slices by name, and a dispatcher that makes one."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
+
+from tests.unit.master_box import DispatcherBox
+from tinfer.master.tracing.chrome import trace_events
 
 Event = dict[str, Any]
 COMMON = {"ph", "name", "cat", "pid", "tid", "ts"}
@@ -105,3 +108,29 @@ class Seen:
     def seconds_of(self, name: str) -> float:
         """How long the slices of that name were, together."""
         return float(sum(one["dur"] for one in self.slices(name))) / 1e6
+
+
+class Clock:
+    """Time that a test moves."""
+
+    def __init__(self) -> None:
+        self.at_s = 100.0
+
+    def now_s(self) -> float:
+        return self.at_s
+
+
+class Box(DispatcherBox):
+    """A dispatcher whose time a test moves, and what it shows."""
+
+    def __init__(self, roles: str = "p d", **config: Any) -> None:
+        super().__init__(roles, **config)
+        self.clock = Clock()
+        self.dispatcher._clock = self.clock
+
+    def after(self, seconds: float) -> None:
+        self.clock.at_s += seconds
+
+    def seen(self, request_id: str | None = "r", seconds: float = 3600.0) -> Seen:
+        lately = self.dispatcher.lately(seconds, request_id)
+        return Seen([one for batch in trace_events(lately, 1_000_000) for one in batch])

@@ -34,7 +34,8 @@ class Generation(Struct, frozen=True):
     `child` of the `n` answers that its client wants to this prompt.
 
     `prompt_text` is what was tokenised, where the prompt came as text, and `response_id` the id of
-    the response that the answer goes into: for the request log.
+    the response that the answer goes into: for the request log. `trace_headers` are the W3C trace
+    context that its client sent, `traceparent` and `tracestate`.
     """
 
     prompt_token_ids: list[int]
@@ -45,6 +46,7 @@ class Generation(Struct, frozen=True):
     hints: Hints = Hints()
     prompt_text: str | None = None
     response_id: str = ""
+    trace_headers: dict[str, str] | None = None
 
 
 class Delta(Struct):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 from msgspec import Struct
 
@@ -81,6 +81,18 @@ class Lately(Struct, frozen=True):
     happenings: list[Happening]
 
 
+class Spans(Protocol):
+    """What is told of every request that ends, to tell others: `tracing.spans.SpanSender`."""
+
+    def over(self, live: LiveRequest) -> None:
+        """A request has ended. Never blocks, never raises."""
+        ...
+
+    def close(self) -> None:
+        """Send what waits, within a bound. Blocks."""
+        ...
+
+
 class Recorder:
     """Keeps what has happened lately. All methods are called on the loop's thread."""
 
@@ -95,6 +107,7 @@ class Recorder:
         self._roles: dict[str, str] = {}
         self._were_up: set[str] = set()
         self._leaving: set[Incarnation] = set()
+        self.spans: Spans | None = None
 
     # --- requests -----------------------------------------------------------------------------
 
@@ -105,6 +118,8 @@ class Recorder:
         self._num_marks += len(record.marks)
         while len(self._requests) > self._max_requests or self._num_marks > self._max_marks:
             self._num_marks -= len(self._requests.popleft().marks)
+        if self.spans is not None:
+            self.spans.over(live)
 
     def refused(self, live: LiveRequest, cause: str, now_s: float) -> None:
         """The scheduler has not taken a request."""
