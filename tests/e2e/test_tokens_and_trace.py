@@ -67,7 +67,11 @@ async def check_shown(url: str, trace: dict[str, Any]) -> None:
             alone = Seen((await response.json())["traceEvents"])
         async with session.get(f"{url}/debug/trace") as response:
             everything = Seen((await response.json())["traceEvents"])
-    for name, figure in (("queued", "queue_s"), ("prefill", "prefill_s"), ("hand-off", "handoff_s")):
+    for name, figure in (
+        ("queued", "queue_s"),
+        ("prefill", "prefill_s"),
+        ("hand-off", "handoff_s"),
+    ):
         assert alone.seconds_of(name) == pytest.approx(trace[figure], abs=1e-5)
     decoded_s = alone.seconds_of("hand-off") + alone.seconds_of("decode")
     assert decoded_s == pytest.approx(trace["decode_s"], abs=1e-5)

@@ -1,4 +1,4 @@
-"""A live server sends spans to a collector, below the client's own, and the last ones as it stops."""
+"""A live server sends spans to a collector, below the client's own: the last ones as it stops."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import tinfer
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
+import tinfer
 from tests.e2e.serving import run_to_end, serving, wait_gone
 from tests.process.load import fake_flags
 from tinfer.master.otlp import HTTP, PROTOCOL_VARIABLE

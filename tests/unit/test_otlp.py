@@ -1,4 +1,4 @@
-"""`--otlp-traces-endpoint`: the spans of a request, whose child they are, and that nothing waits."""
+"""`--otlp-traces-endpoint`: the spans of a request, whose child they are; nothing waits."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A span for every request and one for each of its phases, sent by OpenTelemetry's own thread.
 
-They are made when the request has ended, from the moments that its timeline has, so that nothing is
-kept open and nothing waits: the SDK's queue is bounded, and what it has no room for is dropped. Only
+They are made when the request has ended, from the moments that its timeline has: nothing is kept
+open and nothing waits. The SDK's queue is bounded, and what it has no room for is dropped. Only
 `tinfer.master.otlp` imports this module, where the option is given.
 """
 
