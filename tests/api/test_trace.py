@@ -135,7 +135,7 @@ async def test_the_stock_client_can_ask(server: Server) -> None:
         ([("tracestate", "a=1")], None),
         ([("Traceparent", "00-a-b-01")], {"traceparent": "00-a-b-01"}),
         (
-            [("traceparent", "00-a-b-01"), ("tracestate", "a=1"), ("TraceState", "b=2")],
+            [("traceparent", "00-a-b-01"), ("tracestate", "a=1"), ("tracestate", "b=2")],
             {"traceparent": "00-a-b-01", "tracestate": "a=1,b=2"},
         ),
         ([("traceparent", "00-a-b-01"), ("traceparent", "00-c-d-01")], None),
