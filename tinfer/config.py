@@ -378,6 +378,10 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     log_prompts: Annotated[
         bool, Meta(description="Have the request log hold prompts as well, as text or token ids.")
     ] = False
+    otlp_traces_endpoint: Annotated[
+        str | None,
+        Meta(description="Send spans of every request to this OpenTelemetry collector."),
+    ] = None
     verbose: Annotated[
         bool,
         Meta(description="--log-level info, and more in the workers' logs; never a text."),

@@ -5,6 +5,7 @@ TinferError
 │   ├── InvalidRequest          400
 │   │   └── PromptTooLong       400
 │   ├── ModelNotFound           404
+│   ├── RequestNotFound         404, nothing is kept of that request
 │   ├── Unauthorized            401, no API key that this server has
 │   ├── Forbidden               403, not from there
 │   └── RequestTooSlow          408, the body did not come in time
@@ -55,6 +56,13 @@ class PromptTooLong(InvalidRequest):
 
 class ModelNotFound(RequestError):
     """No model of that name is served."""
+
+    http_status = 404
+    error_type = "NotFoundError"
+
+
+class RequestNotFound(RequestError):
+    """No request of that id is running, or was lately."""
 
     http_status = 404
     error_type = "NotFoundError"

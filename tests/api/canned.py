@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from tinfer.api.service import Delta, Generation, ModelCard, Sink, Stream
 from tinfer.core.sampling import TokenLogprobs
 from tinfer.core.types import Role
-from tinfer.errors import InvalidRequest, TinferError
+from tinfer.errors import InvalidRequest, RequestNotFound, TinferError
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
@@ -110,6 +110,7 @@ class CannedService:
         self._arrivals: asyncio.Queue[CannedStream] = asyncio.Queue()
         self.health = (True, "ok")
         self.left: list[tuple[str, float]] = []
+        self.traced: list[tuple[float, str | None]] = []
         self.registry = CollectorRegistry()
         self.count = Counter("canned", "What a test counts.", ["way"], registry=self.registry)
         Gauge("canned_state", "Another family.", registry=self.registry).set(2)
@@ -140,6 +141,14 @@ class CannedService:
 
     def state(self) -> dict[str, Any]:
         return {"workers": []}
+
+    def trace(self, seconds: float, request_id: str | None) -> Iterator[list[dict[str, Any]]]:
+        """Two batches, one of which is empty; there is a request `mine`."""
+        if request_id not in (None, "mine"):
+            raise RequestNotFound(f"no request {request_id!r} is kept", param="request_id")
+        self.traced.append((seconds, request_id))
+        event = {"ph": "i", "name": "one", "pid": 1, "tid": 0, "ts": 5}
+        return iter([[], [event, event]])
 
     def ask_role(self, worker_id: str, role: Role) -> None:
         """There is one worker of each role, so none can change."""

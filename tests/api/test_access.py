@@ -24,6 +24,7 @@ GUARDED = [
     ("POST", "/detokenize"),
     ("GET", "/debug/ledger"),
     ("GET", "/debug/state"),
+    ("GET", "/debug/trace"),
     ("POST", "/debug/role"),
     ("GET", "/nothing/here"),
     ("GET", "/health/"),

@@ -175,7 +175,7 @@ async def test_the_other_endpoints_answer_as_described(
     assert await ask(server, "GET", name, at="/v1/models/org/tiny") == 200
     assert await ask(server, "GET", name, at="/v1/models/no") == 404
     silent = {"/v1/models", "/health", "/ping", "/version", "/openapi.json", "/metrics"}
-    for path in (*silent, "/debug/ledger", "/debug/state"):
+    for path in (*silent, "/debug/ledger", "/debug/state", "/debug/trace"):
         assert await ask(server, "GET", path) == 200
     assert await ask(server, "POST", "/ping") == 200
     server.service.health = (False, "draining")

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import openai
 import pytest
+from multidict import CIMultiDict
 
 from tests.api.canned import say
 from tests.api.conftest import Server
@@ -125,3 +126,27 @@ async def test_the_stock_client_can_ask(server: Server) -> None:
         )
         extras = [chunk.model_extra or {} async for chunk in stream]
         assert [extra["tinfer"]["route"] for extra in extras if "tinfer" in extra] == ["split"]
+
+
+@pytest.mark.parametrize(
+    ("sent", "kept"),
+    [
+        ([], None),
+        ([("tracestate", "a=1")], None),
+        ([("Traceparent", "00-a-b-01")], {"traceparent": "00-a-b-01"}),
+        (
+            [("traceparent", "00-a-b-01"), ("tracestate", "a=1"), ("tracestate", "b=2")],
+            {"traceparent": "00-a-b-01", "tracestate": "a=1,b=2"},
+        ),
+        ([("traceparent", "00-a-b-01"), ("traceparent", "00-c-d-01")], None),
+    ],
+)
+@pytest.mark.parametrize("path", [COMPLETIONS, CHATS])
+async def test_the_clients_trace_context_goes_with_its_sequences(
+    server: Server, path: str, sent: list[tuple[str, str]], kept: dict[str, str] | None
+) -> None:
+    body = {**BODIES[path], "n": 2}
+    headers = CIMultiDict(sent)
+    async with server.session.post(server.url + path, json=body, headers=headers) as response:
+        assert response.status == 200
+    assert [one.trace_headers for one in server.service.generations] == [kept, kept]

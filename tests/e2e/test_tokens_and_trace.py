@@ -8,6 +8,7 @@ import aiohttp
 import pytest
 
 from tests.e2e.serving import ServeProcess, events, until_idle
+from tests.unit.trace_box import Seen
 from tinfer.api.trace import TRACE_HEADER
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Count to 9: ä"}]
@@ -58,6 +59,30 @@ def check(trace: dict[str, Any], output_tokens: int) -> None:
     assert trace["handoff_bytes"] > 0
 
 
+async def check_shown(url: str, trace: dict[str, Any]) -> None:
+    """The slices of the same answer, and the steps that computed it."""
+    async with aiohttp.ClientSession() as session:
+        asked = {"request_id": trace["request_id"]}
+        async with session.get(f"{url}/debug/trace", params=asked) as response:
+            alone = Seen((await response.json())["traceEvents"])
+        async with session.get(f"{url}/debug/trace") as response:
+            everything = Seen((await response.json())["traceEvents"])
+    for name, figure in (
+        ("queued", "queue_s"),
+        ("prefill", "prefill_s"),
+        ("hand-off", "handoff_s"),
+    ):
+        assert alone.seconds_of(name) == pytest.approx(trace[figure], abs=1e-5)
+    decoded_s = alone.seconds_of("hand-off") + alone.seconds_of("decode")
+    assert decoded_s == pytest.approx(trace["decode_s"], abs=1e-5)
+    steps = {
+        (one["name"], everything.places[one["pid"]])
+        for one in everything.events
+        if one.get("cat") == "step"
+    }
+    assert {("prefill step", "prefill-0 (prefill)"), ("decode step", "decode-0 (decode)")} <= steps
+
+
 async def test_a_trace_of_a_split_answer(server: ServeProcess) -> None:
     asked = {**ASKED, "max_tokens": 12, "stream": True}
     async with (
@@ -73,6 +98,7 @@ async def test_a_trace_of_a_split_answer(server: ServeProcess) -> None:
         check(one, output_tokens=6)
     again = await post(server.url, "/v1/completions", ASKED_PROMPT, trace="0")
     assert "tinfer" not in again
+    await check_shown(server.url, trace)
     await until_idle(server.url)
 
 

@@ -31,6 +31,7 @@ from tinfer.api.trace import wants_trace
 from tinfer.errors import InvalidRequest, ModelNotFound
 
 MAX_SHOWN_CHARS = 256
+TRACEPARENT, TRACESTATE = "traceparent", "tracestate"
 
 RequestT = TypeVar("RequestT", bound=Addressed)
 SamplingT = TypeVar("SamplingT", bound=SamplingFields)
@@ -138,6 +139,7 @@ class Api:
             include_prediction=include_prediction,
             hints=hints,
             timeout_s=shortest(hints.deadline_s, options.request_timeout_s),
+            trace_headers=_trace_headers(request),
         )
 
 
@@ -152,6 +154,15 @@ def _hints(request: web.Request, parsed: SamplingFields, wishes: Wishes) -> Hint
         priority=priorities.pop() if priorities else 0,
         deadline_s=shortest(header_seconds(request), field_s),
     )
+
+
+def _trace_headers(request: web.Request) -> dict[str, str] | None:
+    """The client's W3C trace context, unread; None where it sends none."""
+    parents = request.headers.getall(TRACEPARENT, ())
+    if len(parents) != 1:  # Source: W3C Trace Context, 3.2: of several none counts
+        return None
+    states = ",".join(request.headers.getall(TRACESTATE, ()))
+    return {TRACEPARENT: parents[0]} | ({TRACESTATE: states} if states else {})
 
 
 def _header_id(request: web.Request) -> str:

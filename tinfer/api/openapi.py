@@ -94,7 +94,7 @@ _ERRORS = {
     400: "The request is at fault; `param` names the field.",
     401: "The server has API keys, and the request shows none of them.",
     403: "Without API keys: what looks inside is for clients on this machine only.",
-    404: "No model of that name is served.",
+    404: "No model of that name is served, or no such request is known.",
     408: "The body did not come in time.",
     413: "The body is too large.",
     429: "The server is full; come back after `Retry-After` seconds.",
@@ -139,8 +139,9 @@ class Endpoint(Struct, frozen=True, kw_only=True):
 
     `takes` is the struct that the body is decoded into; `gives` the type of the answer's JSON, None
     for an empty body; `event` one choice of a stream's chunk, where the endpoint generates; `texts`
-    the media types of an answer that is text. Errors are answered with an `ErrorBody`, those in
-    `plain_errors` also in plain text.
+    the media types of an answer that is text; `query` its parameters behind the path, as the
+    document has them. Errors are answered with an `ErrorBody`, those in `plain_errors` also in
+    plain text.
     """
 
     method: str
@@ -152,6 +153,7 @@ class Endpoint(Struct, frozen=True, kw_only=True):
     event: type[Struct] | None = None
     status: int = 200
     texts: tuple[str, ...] = ()
+    query: tuple[Schema, ...] = ()
     errors: tuple[int, ...] = ()
     plain_errors: tuple[int, ...] = ()
 
@@ -195,6 +197,7 @@ def _operation(endpoint: Endpoint) -> Schema:
         {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
         for name in re.findall(r"\{(\w+)\}", endpoint.shown_path)
     ]
+    parameters += endpoint.query
     if endpoint.event is not None:
         parameters += [_ASK_TRACE, _OWN_ID, _OWN_LIMIT]
     if parameters:

@@ -14,7 +14,7 @@ import msgspec
 from aiohttp import web
 from msgspec import Meta, Struct
 
-from tinfer.api import chat, completions, exposition, openapi, tokenize
+from tinfer.api import chat, completions, exposition, lately, openapi, tokenize
 from tinfer.api.access import access_middleware
 from tinfer.api.connection import body_middleware
 from tinfer.api.context import Api
@@ -279,6 +279,15 @@ ENDPOINTS = (
         handler=_state,
         summary="Workers, and requests by phase",
         gives=dict[str, Any],
+    ),
+    Endpoint(
+        method="GET",
+        path="/debug/trace",
+        handler=lately.handle,
+        summary="What requests and workers did lately, as a Chrome trace",
+        query=lately.QUERY,
+        gives=dict[str, Any],
+        errors=(400, 404),
     ),
     Endpoint(
         method="POST",

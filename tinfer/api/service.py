@@ -5,7 +5,7 @@ The master implements `Service`; tests of the API implement it with canned strea
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Literal, Protocol
 
 from msgspec import Struct
@@ -34,7 +34,8 @@ class Generation(Struct, frozen=True):
     `child` of the `n` answers that its client wants to this prompt.
 
     `prompt_text` is what was tokenised, where the prompt came as text, and `response_id` the id of
-    the response that the answer goes into: for the request log.
+    the response that the answer goes into: for the request log. `trace_headers` are the W3C trace
+    context that its client sent, `traceparent` and `tracestate`.
     """
 
     prompt_token_ids: list[int]
@@ -45,6 +46,7 @@ class Generation(Struct, frozen=True):
     hints: Hints = Hints()
     prompt_text: str | None = None
     response_id: str = ""
+    trace_headers: dict[str, str] | None = None
 
 
 class Delta(Struct):
@@ -127,6 +129,11 @@ class Service(Protocol):
 
     def state(self) -> dict[str, Any]:
         """Workers and requests by phase: the body of `/debug/state`."""
+        ...
+
+    def trace(self, seconds: float, request_id: str | None) -> Iterator[list[dict[str, Any]]]:
+        """What the last `seconds` saw, of all or of one request, as Chrome trace events in batches
+        that are made as they are taken. Raises `RequestNotFound`, at once."""
         ...
 
     def drain(self, worker_id: str, timeout_s: float) -> None:

@@ -43,6 +43,7 @@ class Job(Struct, frozen=True, kw_only=True):
     include_prediction: bool = False
     hints: Hints = Hints()
     timeout_s: float | None = None
+    trace_headers: dict[str, str] | None = None
 
     @property
     def num_answers(self) -> int:
@@ -190,6 +191,7 @@ def generations(job: Job, specs: Sequence[list[SamplingSpec]]) -> list[Generatio
             hints=job.hints,
             prompt_text=prompt.text,
             response_id=job.id,
+            trace_headers=job.trace_headers,
         )
         for prompt, children in zip(job.prompts, specs, strict=True)
         for child, spec in enumerate(children)

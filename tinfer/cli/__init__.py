@@ -15,6 +15,7 @@ _COMMANDS = {
     "top": "Watch a running server in the terminal: rates, latencies, workers, what waits.",
     "drain": "Take a worker of a running server out of service; no stream is lost.",
     "restart": "Start a worker of a running server anew; no stream is lost.",
+    "trace": "Write what a running server did lately as a trace, to look at in Perfetto.",
     "tune": "Measure this box for a model: what a step and a hand-off cost, and the chunk size.",
     "doctor": "Check this box, and say what to do about what it lacks.",
     "simulate": "Simulate tinfer on a box that need not be there, and what it is compared with.",

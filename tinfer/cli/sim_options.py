@@ -37,6 +37,7 @@ NOT_SIMULATED = frozenset(
     + ("max_worker_restarts", "max_request_restarts")
     + ("predictor_state", "predictor_state_interval")
     + ("request_log", "request_log_max_bytes", "request_log_files", "log_prompts")
+    + ("otlp_traces_endpoint",)
     + ("log_dir", "event_log", "log_level", "log_format", "verbose", "engine", "fake_engine")
 )
 # This one is an option of the workload here; it numbers everything that is drawn.

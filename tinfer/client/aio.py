@@ -6,6 +6,7 @@ import ssl
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, Unpack
+from urllib.parse import urlencode
 
 import msgspec
 
@@ -241,6 +242,14 @@ class AsyncClient:
     async def metrics(self) -> str:
         """What `/metrics` shows, as text in Prometheus' format."""
         return await self._connection.fetch_text("GET", "/metrics", Deadlines(self._limits))
+
+    async def trace(self, request_id: str | None = None, seconds: float | None = None) -> bytes:
+        """What the server did in the last seconds (60, at most 3600), or of one request all that it
+        keeps, as the JSON of a Chrome trace. Raises `NotFound` for a request that it does not know.
+        """
+        wishes = {"request_id": request_id, "seconds": seconds}
+        query = urlencode({name: value for name, value in wishes.items() if value is not None})
+        return bytes(await self._get(msgspec.Raw, "/debug/trace" + (query and f"?{query}")))
 
     async def drain(self, worker: str, drain_timeout_s: float = 30.0) -> None:
         """Begin to take a worker out of service: it starts nothing new, and stops once it is empty.

@@ -310,6 +310,12 @@ class Client:
         """What `/metrics` shows, as text in Prometheus' format."""
         return self._thread.run(self._client.metrics)
 
+    def trace(self, request_id: str | None = None, seconds: float | None = None) -> bytes:
+        """What the server did in the last seconds (60, at most 3600), or of one request all that it
+        keeps, as the JSON of a Chrome trace. Raises `NotFound` for a request that it does not know.
+        """
+        return self._thread.run(lambda: self._client.trace(request_id, seconds))
+
     def drain(self, worker: str, drain_timeout_s: float = 30.0) -> None:
         """Begin to take a worker out of service: it starts nothing new, and stops once it is empty.
 

@@ -37,6 +37,7 @@ from tinfer.master.lag import LagMeter
 from tinfer.master.limits import client_descriptors, raise_descriptor_limit
 from tinfer.master.listener import Door
 from tinfer.master.loop import Dispatcher
+from tinfer.master.otlp import open_spans
 from tinfer.master.pairing import Pairs, pair
 from tinfer.master.parsers import load_parsers, names_parsers
 from tinfer.master.plan import Decision
@@ -143,6 +144,8 @@ class Server:
         )
         self._dispatcher.event_log = event_log
         self._dispatcher.request_log = request_log
+        # While the zygote imports vLLM: the packages of OpenTelemetry take half a second.
+        self._dispatcher.recorder.spans = open_spans(config, clock, self._names[0])
         for placement in placements:
             self._dispatcher.worker_event(
                 events.WorkerExpected(placement.worker_id, placement.role)
@@ -363,6 +366,8 @@ class Server:
         if self._dispatcher.request_log is not None:
             # A disk that hangs does not keep the rest from ending.
             await asyncio.to_thread(self._dispatcher.request_log.close)
+        if self._dispatcher.recorder.spans is not None:
+            await asyncio.to_thread(self._dispatcher.recorder.spans.close)
         self._predictor_state.save()
         self._run_dir.remove()
         if self._all_ready.done() and not self._all_ready.cancelled():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Mapping
 
 from msgspec import Struct
 
@@ -113,3 +114,19 @@ def trace_of(live: LiveRequest, now_s: float) -> Trace:
         now_s,
         live.prediction,
     )
+
+
+def note_death(
+    lives: Mapping[str, LiveRequest],
+    reprefills: Mapping[str, tuple[str, Incarnation]],
+    dead: Incarnation,
+    now_s: float,
+) -> None:
+    """Note for every request that a worker with a part in it is dead: it computed, pulled, held
+    its blocks, or computed them again for it (`reprefills`)."""
+    served = {request_id for request_id, worker in reprefills.values() if worker == dead}
+    for request_id, live in lives.items():
+        source = live.source
+        holds = source is not None and (source.worker_id, source.worker_generation) == dead
+        if holds or dead in live.workers or request_id in served:
+            live.timeline.note("lost", now_s, dead.worker_id)

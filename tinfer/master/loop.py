@@ -21,24 +21,18 @@ from tinfer.core import events
 from tinfer.core.sampling import SamplingSpec
 from tinfer.core.scheduler import Scheduler
 from tinfer.core.types import Role, WaitingSnapshot
-from tinfer.errors import (
-    EngineFailed,
-    InvalidRequest,
-    NoWorker,
-    Overloaded,
-    TinferError,
-    WorkerLost,
-)
+from tinfer.errors import EngineFailed, InvalidRequest, TinferError
 from tinfer.master.attempts import Attempt, next_attempt, remainder, to_start
 from tinfer.master.event_log import EventLog
-from tinfer.master.live import LiveRequest, deliver
+from tinfer.master.live import LiveRequest, deliver, note_death
 from tinfer.master.metrics.tally import ResumeForm, Tally
 from tinfer.master.prediction import Prediction, told
 from tinfer.master.request_log import RequestLog
 from tinfer.master.scheduling import block_hashes
 from tinfer.master.streams import RequestStream
-from tinfer.master.timeline import StartKind, Timeline
-from tinfer.master.translation import key_of, lease_of, owner_of, source_key, stepped
+from tinfer.master.timeline import StartKind, Timeline, What
+from tinfer.master.tracing.recorder import FleetEvent, Lately, Recorder
+from tinfer.master.translation import error_of, key_of, lease_of, owner_of, source_key, stepped
 from tinfer.predict.asked import Predictor
 from tinfer.wire import messages as wire
 from tinfer.wire.links import Incarnation
@@ -49,8 +43,6 @@ Send = Callable[[Incarnation, wire.ToWorker], None]
 
 # Of a prefill that is there for its blocks alone: no answer ends with this token.
 NO_ANSWER = SamplingSpec(max_tokens=1, temperature=0.0, ignore_eos=True)
-# A client that is sent away for longer than this asks too late.
-MAX_RETRY_AFTER_S = 60.0
 
 
 class Dispatcher:
@@ -85,6 +77,7 @@ class Dispatcher:
         self._reprefills: dict[str, tuple[str, Incarnation]] = {}
         self.stats: dict[Incarnation, wire.WorkerStats] = {}
         self.tally = Tally()
+        self.recorder = Recorder()
         self.num_finished = 0
         # Starts of requests that had been started before, on a worker that died.
         self.num_restarts = 0
@@ -150,6 +143,10 @@ class Dispatcher:
         """Requests that wait, and why."""
         return self._scheduler.waiting(self._clock.now_s(), limit)
 
+    def lately(self, seconds: float, request_id: str | None) -> Lately:
+        """What the last `seconds` saw, of all or of one request. Raises `RequestNotFound`."""
+        return self.recorder.lately(self._live.values(), self._clock.now_s(), seconds, request_id)
+
     @property
     def num_live(self) -> int:
         """Requests that a client still waits for."""
@@ -168,22 +165,21 @@ class Dispatcher:
 
     # --- workers ------------------------------------------------------------------------------
 
-    def worker_event(
-        self,
-        event: events.WorkerUp
-        | events.WorkerDown
-        | events.WorkerExpected
-        | events.WorkerGone
-        | events.DrainAsked,
-    ) -> None:
+    def worker_event(self, event: FleetEvent) -> None:
         """The fleet has changed."""
+        now_s = self._clock.now_s()
+        self.recorder.fleet(event, now_s)
         if isinstance(event, events.WorkerDown):
-            event = replace(event, remainders=tuple(self._remainders()))
+            return self._worker_down(event, now_s)
         self._post(event)
         if isinstance(event, events.WorkerUp) and event.role is Role.WHOLE:
             self.changed_roles.pop(event.worker_id, None)
-        if isinstance(event, events.WorkerDown):
-            self._bereave(Incarnation(event.worker_id, event.generation))
+
+    def _worker_down(self, event: events.WorkerDown, now_s: float) -> None:
+        dead = Incarnation(event.worker_id, event.generation)
+        note_death(self._live, self._reprefills, dead, now_s)
+        self._post(replace(event, remainders=tuple(self._remainders())))
+        self._bereave(dead)
 
     def _remainders(self) -> Iterator[events.Remainder]:
         """What would be left of each request that has emitted tokens."""
@@ -215,11 +211,15 @@ class Dispatcher:
         """A message of a live incarnation; the caller has dropped those of older ones."""
         match message:
             case wire.Step(outputs, stats):
-                self.stats[sender] = stats
+                step_s = self._clock.now_s()
+                self._says(sender, stats, step_s, len(outputs))
                 for request_id in message.preempted:
                     if (live := self._live.get(request_id)) is not None:
                         live.num_preempted += 1
-                step_s = self._clock.now_s()
+                        live.timeline.note("preempted", step_s, sender.worker_id)
+                for request_id, num_tokens in message.progress:
+                    if (live := self._live.get(request_id)) is not None:
+                        live.timeline.note("chunk", step_s, sender.worker_id, num_tokens)
                 self._post(stepped(sender, message))
                 for output in outputs:
                     if self._may_speak(sender, output.request_id):
@@ -227,7 +227,7 @@ class Dispatcher:
             case wire.PullDone():
                 self._pull_done(sender, message)
             case wire.LeasesEnded(leases, stats):
-                self.stats[sender] = stats
+                self._says(sender, stats, self._clock.now_s())
                 for lease in leases:
                     self._post(events.LeaseEnded(key_of(sender, lease)))
             case wire.LeasesOverdue(leases):
@@ -238,7 +238,7 @@ class Dispatcher:
                     if self._may_speak(sender, request_id):
                         self._left(sender, request_id, answered=False)
             case wire.Idle(stats):
-                self.stats[sender] = stats
+                self._says(sender, stats, self._clock.now_s())
             case wire.Refused():
                 if self._may_speak(sender, message.request_id):
                     self._refused(sender, message)
@@ -246,6 +246,12 @@ class Dispatcher:
                 log.error("%s.%d sent %s to the dispatcher", *sender, type(message).__name__)
             case _:
                 assert_never(message)
+
+    def _says(
+        self, sender: Incarnation, stats: wire.WorkerStats, now_s: float, num_emitting: int = 0
+    ) -> None:
+        self.stats[sender] = stats
+        self.recorder.stepped(sender, stats, now_s, num_emitting)
 
     def _may_speak(self, worker: Incarnation, request_id: str) -> bool:
         """Whether it has a part in that request, or nobody waits for the request any more."""
@@ -276,9 +282,12 @@ class Dispatcher:
             if live is not None:
                 live.source = source
                 live.workers.discard(sender)
+                live.timeline.note("held", self._clock.now_s(), sender.worker_id)
             self._post(events.Prefilled(request_id, *sender, source_key(source), source.num_blocks))
             self._forget_if_over(request_id)
         elif output.num_output_tokens == len(output.token_ids):
+            if live is not None:
+                live.timeline.note("decodes", step_s, sender.worker_id)
             self._post(events.FirstToken(request_id, *sender))
 
     def _reprefilled(self, sender: Incarnation, output: wire.Output) -> None:
@@ -290,6 +299,7 @@ class Dispatcher:
             live = self._live.get(self._reprefills.pop(output.request_id)[0])
             if live is not None:
                 live.source = source
+                live.timeline.note("reprefilled", self._clock.now_s(), sender.worker_id)
             key = source_key(source)
             self._post(events.Prefilled(output.request_id, *sender, key, source.num_blocks))
         else:
@@ -334,9 +344,10 @@ class Dispatcher:
             self.num_finished += 1
 
     def _over(self, live: LiveRequest) -> None:
-        """A request has ended: predictor and request log are told, once."""
+        """A request has ended: predictor, recorder and request log are told, once."""
         if not live.is_counted:
             live.is_counted = True
+            self.recorder.over(live)
             self._prediction.over(live)
             self._log(live)
 
@@ -368,10 +379,11 @@ class Dispatcher:
             self.event_log.add(now_s, event, actions)
         for action in actions:
             if isinstance(action, events.Fail):
-                error = _error_of(action)
+                error = error_of(action)
                 if action.request_id == refusing:
                     refusal = error
                     self.tally.refuse(action.cause, action.limit)
+                    self.recorder.refused(self._live[action.request_id], action.cause, now_s)
                 else:
                     self._fail(action.request_id, error, action.cause)
             else:
@@ -388,9 +400,8 @@ class Dispatcher:
                 self._start(request_id, Incarnation(worker_id, generation), "decode")
             case events.StartReprefill():
                 self._start_reprefill(action)
-            case events.Resume(request_id, worker_id, generation, lease):
-                source = None if lease is None else self._live[request_id].source
-                self._send(Incarnation(worker_id, generation), wire.Resume(request_id, source))
+            case events.Resume():
+                self._resume(action)
             case events.AbortOn(request_id, worker_id, generation):
                 self._send(Incarnation(worker_id, generation), wire.Abort([request_id]))
             case events.SetBudget(worker_id, generation, prefill_tokens):
@@ -399,6 +410,7 @@ class Dispatcher:
                 log.info("worker %s is a %s worker now: %s", worker_id, role.value, reason)
                 self.changed_roles[worker_id] = role
                 self.tally.role_changed(worker_id, role)
+                self.recorder.role_changed(worker_id, role, reason, self._clock.now_s())
             case events.RoleRefused(_, _, reason):
                 self._refused_role = reason
             case events.Drained(worker_id, generation):
@@ -454,13 +466,23 @@ class Dispatcher:
         live = self._live[action.request_id]
         worker = Incarnation(action.worker_id, action.generation)
         self._reprefills[action.prefill_id] = (action.request_id, worker)
+        live.timeline.note("reprefill", self._clock.now_s(), worker.worker_id)
         tokens = live.prompt + live.emitted.tobytes()
         self._send(worker, wire.Start(action.prefill_id, "prefill", tokens, NO_ANSWER))
+
+    def _resume(self, action: events.Resume) -> None:
+        request_id, worker_id = action.request_id, action.worker_id
+        source = None if action.lease is None else self._live[request_id].source
+        if (live := self._live.get(request_id)) is not None:
+            what: What = "recomputes" if source is None else "resumed"
+            live.timeline.note(what, self._clock.now_s(), worker_id)
+        self._send(Incarnation(worker_id, action.generation), wire.Resume(request_id, source))
 
     def _end(self, live: LiveRequest, error: TinferError, reason: str) -> None:
         """End its stream with an error, unless it has ended."""
         if not live.stream.ended:
             self.tally.failed_with(reason)
+            live.timeline.ended(self._clock.now_s())
         live.stream.fail(error)
 
     def _fail(self, request_id: str, error: TinferError, cause: str) -> None:
@@ -474,11 +496,3 @@ class Dispatcher:
 
 def _nobody_drains(worker: Incarnation) -> None:
     raise AssertionError(f"{worker.worker_id} has drained, and nobody asked for it")
-
-
-def _error_of(fail: events.Fail) -> TinferError:
-    if fail.cause in ("queue-full", "slo"):
-        return Overloaded(fail.message, min(MAX_RETRY_AFTER_S, fail.retry_after_s))
-    if fail.cause == "no-worker":
-        return NoWorker(fail.message)
-    return WorkerLost(fail.message)

@@ -17,6 +17,7 @@ from tinfer.master.event_log import check_writable
 from tinfer.master.front import open_front
 from tinfer.master.hub_fetch import fetch
 from tinfer.master.limits import client_descriptors, raise_descriptor_limit
+from tinfer.master.otlp import check_otlp_option
 from tinfer.master.parsers import check_parsers
 from tinfer.master.plan import Decision, Plan
 from tinfer.master.predictor_state import check_state_option
@@ -62,6 +63,7 @@ def _decide(config: ServeConfig, claims: CoreClaims) -> tuple[ServeConfig, Decis
     check_state_option(config)
     check_parsers(config)
     check_request_log_options(config)
+    check_otlp_option(config)
     around = plan.look_around(config, claims)
     decision = plan.decide(config, around)
     tuning = stored_tuning(config, decision, around.gpus)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 import itertools
 import secrets
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -19,6 +21,7 @@ from tinfer.master.loop import Dispatcher
 from tinfer.master.metrics.collector import Sources, registry_of
 from tinfer.master.rolling import Rolling
 from tinfer.master.supervisor import Life, Supervisor
+from tinfer.master.tracing.chrome import trace_events
 from tinfer.wire.links import Incarnation
 
 # Of each kind; `/debug/state` is for a person.
@@ -53,6 +56,8 @@ class MasterService:
         self._model = model
         self._lag = lag
         self._run_name = run_name
+        # Wall time less the clock of the dispatcher, in microseconds, once a trace was asked for.
+        self._epoch_us: int | None = None
         self._prefix = secrets.token_hex(4)
         self._numbers = itertools.count()
         self.mood = Mood.STARTING
@@ -110,6 +115,12 @@ class MasterService:
         pids = {worker_id: slot.pid for worker_id, slot in self._supervisor.slots.items()}
         body["holds"] = holdings(pids, self._run_name)
         return body
+
+    def trace(self, seconds: float, request_id: str | None) -> Iterator[list[dict[str, Any]]]:
+        lately = self._dispatcher.lately(seconds, request_id)
+        if self._epoch_us is None:
+            self._epoch_us = round((time.time() - lately.now_s) * 1e6)
+        return trace_events(lately, self._epoch_us)
 
     def ask_role(self, worker_id: str, role: Role) -> None:
         slot = self._supervisor.slots.get(worker_id)

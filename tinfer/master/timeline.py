@@ -13,7 +13,41 @@ from tinfer.api.trace import Predicted, Trace
 from tinfer.wire import messages as wire
 
 StartKind = Literal["prefill", "decode", "whole"]
+# `prefill`, `decode`, `whole`: sent to a worker. `chunk`: a part of the prompt is computed.
+# `token`: the first one. `held`: a split prefill is done. `decodes`: the first output of a start
+# of which no blocks are held. `pulled`: a reader has stopped. `preempted`, and then `resumed` from
+# blocks that another worker holds, or `recomputes`. `reprefill`, `reprefilled`: there, for a
+# preempted request. `lost`: the worker died.
+What = Literal[
+    StartKind,
+    "chunk",
+    "token",
+    "held",
+    "decodes",
+    "pulled",
+    "preempted",
+    "resumed",
+    "recomputes",
+    "reprefill",
+    "reprefilled",
+    "lost",
+]
 NUM_DIGITS = 6  # microseconds: what a message between two processes costs is tens of them
+# Of one request; what comes later is not kept, and its last slice is drawn to the end. Chunks leave
+# room for the rest.
+MAX_MARKS = 256
+MAX_MARKS_WITH_CHUNKS = 128
+
+
+class Mark(Struct, frozen=True, gc=False):
+    """A moment at which a request enters another phase, on the dispatcher's clock; never one per
+    token. `num_tokens` of a `chunk` are the prompt tokens that are computed by then."""
+
+    at_s: float
+    what: What
+    worker_id: str = ""
+    num_tokens: int = 0
+    pull: wire.PullDone | None = None
 
 
 class Timeline(Struct):
@@ -29,10 +63,25 @@ class Timeline(Struct):
     pull: wire.PullDone | None = None
     num_starts: int = 0
     ended_s: float | None = None
+    marks: list[Mark] = []
+
+    def note(
+        self,
+        what: What,
+        now_s: float,
+        worker_id: str = "",
+        num_tokens: int = 0,
+        pull: wire.PullDone | None = None,
+    ) -> None:
+        """Keep a moment for `/debug/trace`, unless the answer is over."""
+        limit = MAX_MARKS_WITH_CHUNKS if what == "chunk" else MAX_MARKS
+        if self.ended_s is None and len(self.marks) < limit:
+            self.marks.append(Mark(now_s, what, worker_id, num_tokens, pull))
 
     def started(self, kind: StartKind, worker_id: str, now_s: float) -> None:
         """The request was sent to a worker. Of one that begins again the workers are the last
         ones, and its queue ended when it was first sent."""
+        self.note(kind, now_s, worker_id)
         if kind != "prefill":
             self.decode_worker = worker_id
         if kind != "decode":
@@ -46,6 +95,7 @@ class Timeline(Struct):
         """A token is there; only the first one counts."""
         if self.first_token_s is None:
             self.first_token_s = now_s
+            self.note("token", now_s)
 
     def ended(self, now_s: float) -> None:
         """The answer is complete or was cut; only the first end counts."""
@@ -55,6 +105,7 @@ class Timeline(Struct):
     def pulled(self, pull: wire.PullDone, now_s: float) -> bool:
         """The decode worker has the blocks, or knows that it will not get them. What is pulled
         later, or into a worker that did both phases, was lost there and is no hand-off: False."""
+        self.note("pulled", now_s, pull=pull)
         if self.route != "split" or self.pull is not None:
             return False
         self.pull = pull

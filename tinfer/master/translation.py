@@ -1,11 +1,15 @@
-"""Leases and steps as the wire has them, and as the scheduler has them."""
+"""Leases and steps as the wire has them, and as the scheduler has them; its failures as errors."""
 
 from __future__ import annotations
 
 from tinfer.core import events
 from tinfer.core.types import LeaseKey
+from tinfer.errors import NoWorker, Overloaded, TinferError, WorkerLost
 from tinfer.wire import messages as wire
 from tinfer.wire.links import Incarnation
+
+# A client that is sent away for longer than this asks too late.
+MAX_RETRY_AFTER_S = 60.0
 
 
 def stepped(sender: Incarnation, step: wire.Step) -> events.Stepped:
@@ -35,3 +39,12 @@ def owner_of(key: LeaseKey) -> Incarnation:
 
 def lease_of(key: LeaseKey) -> wire.LeaseId:
     return wire.LeaseId(key.slot, key.lease_generation)
+
+
+def error_of(fail: events.Fail) -> TinferError:
+    """What the client is told of a failure that the scheduler has seen."""
+    if fail.cause in ("queue-full", "slo"):
+        return Overloaded(fail.message, min(MAX_RETRY_AFTER_S, fail.retry_after_s))
+    if fail.cause == "no-worker":
+        return NoWorker(fail.message)
+    return WorkerLost(fail.message)
