@@ -5,6 +5,7 @@ TinferError
 │   ├── InvalidRequest          400
 │   │   └── PromptTooLong       400
 │   ├── ModelNotFound           404
+│   ├── ResponseNotFound        404, none is stored
 │   ├── Unauthorized            401, no API key that this server has
 │   ├── Forbidden               403, not from there
 │   └── RequestTooSlow          408, the body did not come in time
@@ -55,6 +56,13 @@ class PromptTooLong(InvalidRequest):
 
 class ModelNotFound(RequestError):
     """No model of that name is served."""
+
+    http_status = 404
+    error_type = "NotFoundError"
+
+
+class ResponseNotFound(RequestError):
+    """A response of the past is asked for; none is stored."""
 
     http_status = 404
     error_type = "NotFoundError"
