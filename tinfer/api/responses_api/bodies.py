@@ -20,6 +20,7 @@ from tinfer.core.sampling import SamplingSpec
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 ResponseStatus = Literal["in_progress", "completed", "incomplete", "cancelled", "failed"]
+ErrorCode = Literal["server_error", "rate_limit_exceeded", "invalid_prompt"]
 
 
 class OutputText(Struct, tag="output_text", tag_field="type"):
@@ -101,7 +102,7 @@ class IncompleteDetails(Struct):
 class ResponseError(Struct):
     """What went wrong with a stream that had begun; `type` and `param` as in an `ErrorBody`."""
 
-    code: Literal["server_error", "rate_limit_exceeded", "invalid_prompt"]
+    code: ErrorCode
     message: str
     type: str
     param: str | None

@@ -56,7 +56,8 @@ class _Open(Protocol):
     """An item that is being written."""
 
     def added(self) -> list[Event]: ...
-    def done(self, status: ItemStatus) -> list[Event]:
+
+    def done(self) -> list[Event]:
         """All but the event that the item is done."""
         ...
 
@@ -80,9 +81,8 @@ class _OpenMessage:
         self.logprobs += logprobs
         return TextDelta(self._id, self._index, text, logprobs)
 
-    def done(self, status: ItemStatus) -> list[Event]:
-        item = self.item(status)
-        (part,) = item.content
+    def done(self) -> list[Event]:
+        (part,) = self.item("completed").content
         return [
             TextDone(self._id, self._index, part.text, self.logprobs),
             PartDone(self._id, self._index, part),
@@ -107,7 +107,7 @@ class _OpenReasoning:
         self._text.append(text)
         return ReasoningDelta(self._id, self._index, text)
 
-    def done(self, status: ItemStatus) -> list[Event]:
+    def done(self) -> list[Event]:
         text = "".join(self._text)
         return [
             ReasoningDone(self._id, self._index, text),
@@ -131,7 +131,7 @@ class _OpenCall:
         self._arguments.append(arguments)
         return ArgumentsDelta(self._id, self._index, arguments)
 
-    def done(self, status: ItemStatus) -> list[Event]:
+    def done(self) -> list[Event]:
         arguments = "".join(self._arguments)
         return [ArgumentsDone(self._id, self._index, self._name, arguments)]
 
@@ -235,6 +235,6 @@ class ItemWriter:
         if is_open is None:
             return []
         item = is_open.item(status)
-        events = [*is_open.done(status), ItemDone(len(self._done), item)]
+        events = [*is_open.done(), ItemDone(len(self._done), item)]
         self._done.append(item)
         return events

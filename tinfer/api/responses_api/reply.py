@@ -12,6 +12,7 @@ from tinfer.api.parsing import ChatParsing, Piece, Said
 from tinfer.api.reading import ParsedStream, take_apart
 from tinfer.api.responses import ChatLogprobEntry, ErrorBody
 from tinfer.api.responses_api.bodies import (
+    ErrorCode,
     IncompleteDetails,
     Item,
     ItemStatus,
@@ -38,7 +39,7 @@ from tinfer.errors import ParserFailed
 # By finish reason, "completed" for any other.
 _STATUSES: dict[str | None, ResponseStatus] = {"length": "incomplete", "abort": "cancelled"}
 # By HTTP status; what is not here is the server's fault.
-_CODES = {400: "invalid_prompt", 429: "rate_limit_exceeded"}
+_CODES: dict[int, ErrorCode] = {400: "invalid_prompt", 429: "rate_limit_exceeded"}
 
 
 class Manner(Struct, frozen=True, kw_only=True):
