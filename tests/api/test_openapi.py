@@ -284,7 +284,8 @@ async def test_bounds_are_those_of_the_server(
         at, beyond = [item] * at, [item] * beyond
     if bound == "minLength":
         at, beyond = "s" * at, "s" * beyond
-    body: dict[str, Any] = {CHATS: USER, RESPONSES: {"input": "ab"}}.get(path, {"prompt": "ab"})
+    bodies: dict[str, dict[str, Any]] = {CHATS: USER, RESPONSES: {"input": "ab"}}
+    body = bodies.get(path, {"prompt": "ab"})
     if name == "top_logprobs":
         body = {**body, "logprobs": True}
         if path == RESPONSES:

@@ -16,7 +16,7 @@ from tinfer.api.service import Delta
 from tinfer.errors import EngineFailed, Overloaded
 
 PATH = "/v1/responses"
-LOGPROBS = {"include": ["message.output_text.logprobs"], "top_logprobs": 1}
+LOGPROBS: dict[str, Any] = {"include": ["message.output_text.logprobs"], "top_logprobs": 1}
 WEATHER = {
     "type": "function",
     "name": "weather",
@@ -127,6 +127,7 @@ async def test_what_is_asked_is_repeated(server: Server) -> None:
 
 
 async def test_fields_reach_the_sampling(server: Server) -> None:
+    server.service.script = lambda _: say("A", logprobs=[token("A", top=1)])
     await respond(
         server,
         **{"temperature": 0.5, "top_k": 3, "seed": 4, "stop": ["x"], "min_p": 0.1, "priority": 7},
@@ -276,13 +277,20 @@ async def test_reasoning_is_an_item(serve: Serve, speaker: Speaker, step: int) -
     }
     assert thought["id"].startswith("rs_")
     assert message["content"][0]["text"] == "Yes."
-    assert whole["usage"]["output_tokens_details"]["reasoning_tokens"] > 3
     assert names(events)[2:8] == [
         *("output_item.added", "content_part.added", "reasoning_text.delta"),
         *("reasoning_text.done", "content_part.done", "output_item.done"),
     ]
     assert joined(events, "reasoning_text") == "Hm, 好."
     assert nameless(events[-1]["response"]["output"]) == nameless(whole["output"])
+
+
+async def test_reasoning_tokens_are_counted(serve: Serve, speaker: Speaker) -> None:
+    async with serve(None, "qwen3") as server:
+        server.service.script = lambda _: speaker.say("<think>Hm.</think>Yes.")
+        whole = await respond(server)
+        events = await events_of(server)
+    assert whole["usage"]["output_tokens_details"] == {"reasoning_tokens": len("Hm.")}
     assert events[-1]["response"]["usage"] == whole["usage"]
 
 

@@ -33,9 +33,7 @@ class BodyDecoder(Generic[RequestT]):
     def decode(self, body: bytes) -> tuple[RequestT, list[str]]:
         """The request and the names of its unknown fields. Raises `InvalidRequest`."""
         try:
-            unknown = screen(
-                self._names.decode(body), self._declared, self._strict, self._known
-            )
+            unknown = screen(self._names.decode(body), self._declared, self._strict, self._known)
             request = self._typed.decode(body)
         except msgspec.ValidationError as error:
             raise invalid(error) from error

@@ -22,7 +22,6 @@ from tinfer.api.responses_api.bodies import (
     used,
 )
 from tinfer.api.responses_api.events import (
-    Event,
     Numbered,
     ResponseCompleted,
     ResponseCreated,
