@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.api.canned import say, token
-from tests.api.conftest import Serve, Server
-from tests.api.parsed import Speaker
+from tests.api.conftest import OPTIONS, Serve, Server, canned_server
+from tests.api.parsed import Broken, Speaker
 from tinfer.api.service import Delta
 from tinfer.errors import EngineFailed, Overloaded
 
@@ -426,6 +426,21 @@ async def test_a_stream_that_fails_midway_says_so(server: Server) -> None:
     assert said["usage"]["output_tokens"] == 3
     status, error = await server.refused(PATH, input="hi")
     assert (status, error["message"]) == (500, "the worker broke")
+
+
+@pytest.mark.parametrize("pieces", [("!",), ("a", "!", "b")])
+async def test_a_parser_that_breaks_ends_its_own_answer_only(
+    speaker: Speaker, pieces: tuple[str, ...]
+) -> None:
+    async with canned_server(speaker.model_dir, OPTIONS, Broken()) as server:
+        server.service.script = lambda _: say(*pieces)
+        events = await events_of(server)
+        assert names(events)[:2] == ["created", "in_progress"]
+        assert events[-1]["type"] == "response.failed"
+        assert "the parser broke" in events[-1]["response"]["error"]["message"]
+        assert joined(events, "output_text") == "".join(pieces).partition("!")[0]
+        status, error = await server.refused(PATH, input="hi")
+        assert (status, error["param"]) == (500, None)
 
 
 async def test_a_deadline_ends_a_stream(server: Server) -> None:

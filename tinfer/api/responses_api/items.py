@@ -7,7 +7,7 @@ from typing import Protocol
 from msgspec import UNSET
 
 from tinfer.api.parsing import Piece
-from tinfer.api.responses import ChatLogprobEntry, DeltaToolCall, new_id
+from tinfer.api.responses import ChatLogprobEntry, DeltaToolCall, ToolCall, new_id
 from tinfer.api.responses_api.bodies import (
     FunctionCallItem,
     Item,
@@ -32,24 +32,29 @@ from tinfer.api.responses_api.events import (
 )
 from tinfer.errors import ParserFailed
 
-
-def message_item(
-    text: str, status: ItemStatus, logprobs: list[ChatLogprobEntry] | None, item_id: str = ""
-) -> MessageItem:
-    """What was said; an item without an id is given one."""
-    return MessageItem(item_id or f"msg_{new_id()}", [OutputText(text, [], logprobs)], status)
+Logprobs = list[ChatLogprobEntry]
 
 
-def reasoning_item(text: str, status: ItemStatus, item_id: str = "") -> ReasoningItem:
+def message_item(text: str, status: ItemStatus, logprobs: Logprobs | None) -> MessageItem:
+    """What was said."""
+    return MessageItem(new_item_id("msg"), [OutputText(text, [], logprobs)], status)
+
+
+def reasoning_item(text: str, status: ItemStatus) -> ReasoningItem:
     """What was thought."""
-    return ReasoningItem(item_id or f"rs_{new_id()}", [ReasoningText(text)], status)
+    return ReasoningItem(new_item_id("rs"), [ReasoningText(text)], status)
 
 
-def call_item(
-    call_id: str, name: str, arguments: str, status: ItemStatus, item_id: str = ""
-) -> FunctionCallItem:
+def call_item(call: ToolCall, status: ItemStatus) -> FunctionCallItem:
     """What is to be called."""
-    return FunctionCallItem(item_id or f"fc_{new_id()}", call_id, name, arguments, status)
+    function = call.function
+    item_id = new_item_id("fc")
+    return FunctionCallItem(item_id, call.id, function.name, function.arguments, status)
+
+
+def new_item_id(prefix: str) -> str:
+    """As OpenAI and vLLM name items: by their kind."""
+    return f"{prefix}_{new_id()}"
 
 
 class _Open(Protocol):
@@ -66,9 +71,9 @@ class _Open(Protocol):
 
 class _OpenMessage:
     def __init__(self, index: int, shows_logprobs: bool) -> None:
-        self._id, self._index = f"msg_{new_id()}", index
+        self._id, self._index = new_item_id("msg"), index
         self._text: list[str] = []
-        self.logprobs: list[ChatLogprobEntry] = []
+        self.logprobs: Logprobs = []
         self._shows_logprobs = shows_logprobs
 
     def added(self) -> list[Event]:
@@ -76,7 +81,7 @@ class _OpenMessage:
         part = OutputText("", [], [])
         return [ItemAdded(self._index, empty), PartAdded(self._id, self._index, part)]
 
-    def delta(self, text: str, logprobs: list[ChatLogprobEntry]) -> Event:
+    def delta(self, text: str, logprobs: Logprobs) -> Event:
         self._text.append(text)
         self.logprobs += logprobs
         return TextDelta(self._id, self._index, text, logprobs)
@@ -90,12 +95,12 @@ class _OpenMessage:
 
     def item(self, status: ItemStatus) -> MessageItem:
         logprobs = self.logprobs if self._shows_logprobs else None
-        return message_item("".join(self._text), status, logprobs, self._id)
+        return MessageItem(self._id, [OutputText("".join(self._text), [], logprobs)], status)
 
 
 class _OpenReasoning:
     def __init__(self, index: int) -> None:
-        self._id, self._index = f"rs_{new_id()}", index
+        self._id, self._index = new_item_id("rs"), index
         self._text: list[str] = []
 
     def added(self) -> list[Event]:
@@ -115,12 +120,12 @@ class _OpenReasoning:
         ]
 
     def item(self, status: ItemStatus) -> ReasoningItem:
-        return reasoning_item("".join(self._text), status, self._id)
+        return ReasoningItem(self._id, [ReasoningText("".join(self._text))], status)
 
 
 class _OpenCall:
     def __init__(self, index: int, number: int, call_id: str, name: str) -> None:
-        self._id, self._index = f"fc_{new_id()}", index
+        self._id, self._index = new_item_id("fc"), index
         self.number, self._call_id, self._name = number, call_id, name
         self._arguments: list[str] = []
 
@@ -136,9 +141,8 @@ class _OpenCall:
         return [ArgumentsDone(self._id, self._index, self._name, arguments)]
 
     def item(self, status: ItemStatus) -> FunctionCallItem:
-        return call_item(
-            self._call_id, self._name, "".join(self._arguments), status, item_id=self._id
-        )
+        arguments = "".join(self._arguments)
+        return FunctionCallItem(self._id, self._call_id, self._name, arguments, status)
 
 
 class ItemWriter:
@@ -153,9 +157,9 @@ class ItemWriter:
         self._shows_logprobs = shows_logprobs
         self._done: list[Item] = []
         self._open: _Open | None = None
-        self._waiting: list[ChatLogprobEntry] = []
+        self._waiting: Logprobs = []
 
-    def write(self, piece: Piece | None, logprobs: list[ChatLogprobEntry]) -> list[Event]:
+    def write(self, piece: Piece | None, logprobs: Logprobs) -> list[Event]:
         """What a delta adds. Raises `ParserFailed` where a parser goes back to an earlier call."""
         self._waiting += logprobs
         if piece is None:
@@ -214,7 +218,7 @@ class ItemWriter:
                 if not arguments:
                     return []
                 raise ParserFailed("the parser went back to a call that was over")
-            call_id = f"call_{new_id()}" if call.id is UNSET else call.id
+            call_id = new_item_id("call") if call.id is UNSET else call.id
             is_open = _OpenCall(self._next_index, call.index, call_id, function.name)
             events = self._replace(is_open)
         if arguments:

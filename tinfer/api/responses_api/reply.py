@@ -134,10 +134,7 @@ class ResponsesReply:
         if said.content:
             items.append(message_item(said.content, "completed", self._logprobs(answer)))
         calls = said.tool_calls if self._manner.parallel else said.tool_calls[:1]
-        items += [
-            call_item(call.id, call.function.name, call.function.arguments, "completed")
-            for call in calls
-        ]
+        items += [call_item(call, "completed") for call in calls]
         if items:
             items[-1].status = last
         return items
