@@ -95,6 +95,7 @@ def _cut(text: bytes, put: bytes, where: float, num_dropped: int) -> bytes:
 
 @pytest.mark.parametrize("path", SMALL)
 def test_headers(path: str, model_dir: Path) -> None:
+    body = msgspec.json.encode(SMALL[path])
     with served(model_dir, FEW) as server:
 
         @settings(max_examples=NUM_EXAMPLES)
@@ -102,7 +103,10 @@ def test_headers(path: str, model_dir: Path) -> None:
         def check(own_id: str, trace: str, kind: str) -> None:
             headers = {"X-Request-Id": own_id, "X-Tinfer-Trace": trace, "Content-Type": kind}
             for sent in (headers, {**headers, **AS_JSON}):
-                assert server.ask("POST", path, msgspec.json.encode(SMALL[path]), sent) in (200, 400)
+                assert server.ask("POST", path, body, sent) in (
+                    200,
+                    400,
+                )
 
         check()
 
