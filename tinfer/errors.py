@@ -6,6 +6,7 @@ TinferError
 │   │   └── PromptTooLong       400
 │   ├── ModelNotFound           404
 │   ├── RequestNotFound         404, nothing is kept of that request
+│   ├── ResponseNotFound        404, none is stored
 │   ├── Unauthorized            401, no API key that this server has
 │   ├── Forbidden               403, not from there
 │   └── RequestTooSlow          408, the body did not come in time
@@ -63,6 +64,13 @@ class ModelNotFound(RequestError):
 
 class RequestNotFound(RequestError):
     """No request of that id is running, or was lately."""
+
+    http_status = 404
+    error_type = "NotFoundError"
+
+
+class ResponseNotFound(RequestError):
+    """A response of the past is asked for; none is stored."""
 
     http_status = 404
     error_type = "NotFoundError"

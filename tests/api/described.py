@@ -65,12 +65,25 @@ class Document:
             if status in (429, 503):
                 assert int(headers["Retry-After"]) >= 1
         elif kind == "text/event-stream":
-            *events, last, end = body.split(b"\n\n")
-            ended, content = described["schema"]["properties"]["data"]["anyOf"]
-            assert (last, end) == (b"data: " + ended["const"].encode(), b"")
-            for event in events:
-                said = msgspec.json.decode(event.removeprefix(b"data: "))
-                self._validate(content["contentSchema"], said)
+            self._check_stream(described["schema"]["properties"], body)
+
+    def _check_stream(self, parts: dict[str, Any], body: bytes) -> None:
+        """Chunks up to the end mark, or events under their names."""
+        *events, last, end = body.split(b"\n\n")
+        assert end == b""
+        if "event" in parts:
+            for event in (*events, last):
+                name, data = event.split(b"\n")
+                said = msgspec.json.decode(data.removeprefix(b"data: "))
+                assert name == b"event: " + said["type"].encode()
+                assert said["type"] in parts["event"]["enum"]
+                self._validate(parts["data"]["contentSchema"], said)
+            return
+        ended, content = parts["data"]["anyOf"]
+        assert last == b"data: " + ended["const"].encode()
+        for event in events:
+            said = msgspec.json.decode(event.removeprefix(b"data: "))
+            self._validate(content["contentSchema"], said)
 
     def _validate(self, schema: dict[str, Any], said: object) -> None:
         self._validator(schema, self._closed).validate(said)

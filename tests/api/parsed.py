@@ -10,9 +10,11 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from tests.api.canned import token, write_model_dir
+from tinfer.api.parsing import Asked, Piece, Said
 from tinfer.api.render import Renderer
 from tinfer.api.service import Delta
 from tinfer.api.vllm_parsers import ParserNames, VllmParsers, load_parsers
+from tinfer.core.sampling import SamplingSpec
 from tinfer.master.streams import merge
 
 # Templates show their tools, and calls and results of the past.
@@ -136,3 +138,31 @@ def whole(said: Any, index: int = 0) -> dict[str, Any]:
         ],
         "finish_reason": choice["finish_reason"],
     }
+
+
+class Broken:
+    """Parsers that fail at the text "!", and never again say anything sensible."""
+
+    tools = reasoning = True
+
+    def chat(self, asked: Asked) -> Broken:
+        return self
+
+    def adjusted(self, spec: SamplingSpec) -> SamplingSpec:
+        return spec
+
+    def new(self) -> Broken:
+        return self
+
+    def whole(self, text: str, token_ids: object) -> Said:
+        if "!" in text:
+            raise KeyError("secret words")
+        return Said(None, text, [], 0)
+
+    def piece(self, text: str, token_ids: object, finished: bool) -> Piece | None:
+        if "!" in text:
+            raise KeyError("secret words")
+        return Piece(None, text, [])
+
+    def count_reasoning(self, token_ids: object) -> int:
+        return 0

@@ -70,6 +70,13 @@ async def test_the_servers_own_id_of_a_request_comes_first(server: Wayward) -> N
     assert usage is not None and (usage.prompt_tokens, usage.completion_tokens) == (3, 2)
 
 
+async def test_tokens_of_a_response_have_other_names(server: Wayward) -> None:
+    usage_of_a_response = {"input_tokens": 3, "output_tokens": 2, "total_tokens": 5}
+    server.does(say({"id": "resp_1", "output": [], "usage": usage_of_a_response}))
+    ((_, usage),) = await ask(server.url, work("a"))
+    assert usage is not None and (usage.prompt_tokens, usage.completion_tokens) == (3, 2)
+
+
 async def test_a_refusal_for_now_is_asked_again(server: Wayward) -> None:
     server.does(BUSY, BUSY, say(ANSWER), status(503), say(ANSWER))
     results = await ask(server.url, work("a", "b"))

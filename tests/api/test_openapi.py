@@ -11,6 +11,7 @@ from jsonschema import Draft202012Validator
 from tests.api.canned import VOCAB_SIZE, CannedService, say, token
 from tests.api.conftest import OPTIONS, Server
 from tests.api.described import Document
+from tinfer.api import fields
 from tinfer.api.fields import REFUSED
 from tinfer.api.keys import ApiKeys
 from tinfer.api.openapi import document
@@ -20,6 +21,7 @@ from tinfer.core.types import Role
 from tinfer.errors import EngineFailed, NoWorker, Overloaded
 
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
+RESPONSES = "/v1/responses"
 DOCUMENT = Document(document(ENDPOINTS, "1.2.3"))
 USER = {"messages": [{"role": "user", "content": "hi"}]}
 TRACE = Trace(
@@ -164,6 +166,47 @@ async def test_a_stream_that_fails_is_as_described(server: Server) -> None:
     assert await ask(server, "POST", CHATS, json=body) == 200
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("full", [False, True])
+async def test_responses_are_as_described(server: Server, full: bool, stream: bool) -> None:
+    positions = [token("a", top=2), token("b", top=2)]
+    server.service.script = lambda _: say("ab", logprobs=positions, trace=TRACE)
+    body: dict[str, Any] = {"input": "hi", "stream": stream, "surprise": 1}
+    headers = {}
+    if full:
+        headers = {"X-Tinfer-Trace": "1", "X-Request-Id": "mine"}
+        body |= {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+        body |= {"metadata": {"a": "b"}, "tools": [{"type": "function", "name": "f"}]}
+        body |= {"tool_choice": "none", "instructions": "Be brief.", "user": "me"}
+        body |= {"text": {"format": {"type": "json_object"}}, "reasoning": {"effort": "low"}}
+    assert DOCUMENT.takes("POST", RESPONSES, body)
+    assert await ask(server, "POST", RESPONSES, json=body, headers=headers) == 200
+    server.service.script = lambda _: say("ab", reason="length", logprobs=positions, trace=TRACE)
+    assert await ask(server, "POST", RESPONSES, json=body, headers=headers) == 200
+
+
+async def test_a_response_that_fails_is_as_described(server: Server) -> None:
+    server.service.script = lambda _: [*say("a", "b")[:1], EngineFailed("the worker broke")]
+    assert await ask(server, "POST", RESPONSES, json={"input": "hi", "stream": True}) == 200
+
+
+async def test_responses_of_the_past_are_nowhere(server: Server) -> None:
+    path = "/v1/responses/{response_id}"
+    for method, action in (("GET", ""), ("DELETE", ""), ("POST", "/cancel")):
+        at = f"/v1/responses/resp_1{action}"
+        assert await ask(server, method, path + action, at=at) == 404
+
+
+def test_what_a_response_does_not_take_is_listed() -> None:
+    reference = DOCUMENT.body_schema("POST", RESPONSES)["$ref"]
+    properties = DOCUMENT.schemas[reference.rpartition("/")[2]]["properties"]
+    assert set(fields.RESPONSES.refused) <= set(properties)
+    body = {"input": "hi"}
+    assert DOCUMENT.takes("POST", RESPONSES, body | {"background": False})
+    assert not DOCUMENT.takes("POST", RESPONSES, body | {"background": True})
+    assert not DOCUMENT.takes("POST", RESPONSES, body | {"previous_response_id": "resp_1"})
+
+
 async def test_the_other_endpoints_answer_as_described(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,7 +256,7 @@ def raising(error: Exception) -> Any:
 
 BOUNDS = [
     (path, name, bound)
-    for path in (COMPLETIONS, CHATS, "/detokenize")
+    for path in (COMPLETIONS, CHATS, RESPONSES, "/detokenize")
     for name, schema in DOCUMENT.schemas[
         DOCUMENT.body_schema("POST", path)["$ref"].rpartition("/")[2]
     ]["properties"].items()
@@ -241,9 +284,12 @@ async def test_bounds_are_those_of_the_server(
         at, beyond = [item] * at, [item] * beyond
     if bound == "minLength":
         at, beyond = "s" * at, "s" * beyond
-    body: dict[str, Any] = USER if path == CHATS else {"prompt": "ab"}
+    bodies: dict[str, dict[str, Any]] = {CHATS: USER, RESPONSES: {"input": "ab"}}
+    body = bodies.get(path, {"prompt": "ab"})
     if name == "top_logprobs":
         body = {**body, "logprobs": True}
+        if path == RESPONSES:
+            body = {"input": "ab", "include": ["message.output_text.logprobs"]}
     if name == "max_tokens" and path == COMPLETIONS:
         body = {**body, "echo": True}  # only a prompt that is repeated may go without an answer
     status, error = await server.refused(path, **{**body, name: beyond})

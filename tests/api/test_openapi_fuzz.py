@@ -29,6 +29,11 @@ DRAWING = Drawing(DOCUMENT.schemas)
 WITH_BODY = [key for key, one in DOCUMENT.operations.items() if "requestBody" in one]
 AS_JSON = {"Content-Type": "application/json"}
 NUM_EXAMPLES = 60
+SMALL: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "a"},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
+    "/v1/responses": {"input": "hi"},
+}
 # Header values that HTTP allows, and a client's library sends; the second half is not UTF-8.
 HEADER_TEXT = st.text(st.characters(min_codepoint=32, max_codepoint=255, exclude_characters="\x7f"))
 
@@ -88,9 +93,9 @@ def _cut(text: bytes, put: bytes, where: float, num_dropped: int) -> bytes:
     return text[:at] + put + text[at + num_dropped :]
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("path", SMALL)
 def test_headers(path: str, model_dir: Path) -> None:
-    body = {"prompt": "a", "messages": [{"role": "user", "content": "hi"}]}
+    body = msgspec.json.encode(SMALL[path])
     with served(model_dir, FEW) as server:
 
         @settings(max_examples=NUM_EXAMPLES)
@@ -98,7 +103,10 @@ def test_headers(path: str, model_dir: Path) -> None:
         def check(own_id: str, trace: str, kind: str) -> None:
             headers = {"X-Request-Id": own_id, "X-Tinfer-Trace": trace, "Content-Type": kind}
             for sent in (headers, {**headers, **AS_JSON}):
-                assert server.ask("POST", path, msgspec.json.encode(body), sent) in (200, 400)
+                assert server.ask("POST", path, body, sent) in (
+                    200,
+                    400,
+                )
 
         check()
 

@@ -9,12 +9,10 @@ import pytest
 
 from tests.api.canned import say, token
 from tests.api.conftest import OPTIONS, Serve, Server, canned_server
-from tests.api.parsed import TOOLS, USER, Speaker, reassembled, whole
-from tinfer.api.parsing import Asked, Piece, Said
+from tests.api.parsed import TOOLS, USER, Broken, Speaker, reassembled, whole
 from tinfer.chat.answer import Answer
 from tinfer.chat.asking import Asker, Wishes
 from tinfer.chat.conversation import Conversation
-from tinfer.core.sampling import SamplingSpec
 
 CHATS = "/v1/chat/completions"
 THOUGHT = "<think>Hm, 好.</think>"
@@ -122,34 +120,6 @@ async def test_tools_and_reasoning_need_a_parser_each(serve: Serve) -> None:
 
 
 # --- parsers that break ---------------------------------------------------------------------------
-
-
-class Broken:
-    """Parsers that fail at the text "!", and never again say anything sensible."""
-
-    tools = reasoning = True
-
-    def chat(self, asked: Asked) -> Broken:
-        return self
-
-    def adjusted(self, spec: SamplingSpec) -> SamplingSpec:
-        return spec
-
-    def new(self) -> Broken:
-        return self
-
-    def whole(self, text: str, token_ids: object) -> Said:
-        if "!" in text:
-            raise KeyError("secret words")
-        return Said(None, text, [], 0)
-
-    def piece(self, text: str, token_ids: object, finished: bool) -> Piece | None:
-        if "!" in text:
-            raise KeyError("secret words")
-        return Piece(None, text, [])
-
-    def count_reasoning(self, token_ids: object) -> int:
-        return 0
 
 
 @pytest.mark.parametrize("pieces", [("a", "!", "b"), ("a", "b!"), ("!",), ("!", "")])

@@ -79,6 +79,19 @@ async def test_chat_streamed_and_not(server: ServeProcess, client: openai.AsyncO
     await until_idle(server.url)
 
 
+async def test_response_streamed_and_not(server: ServeProcess, client: openai.AsyncOpenAI) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "input": "Hello!", "temperature": 0}
+    whole = await client.responses.create(max_output_tokens=20, **asked)
+    async with client.responses.stream(**asked) as stream:
+        deltas = [e.delta async for e in stream if e.type == "response.output_text.delta"]
+        final = await stream.get_final_response()
+    assert (whole.output_text, whole.status) == ("Hello! Ask me to cou", "incomplete")
+    assert final.output_text == "".join(deltas) and final.status == "completed"
+    assert final.output_text.startswith(whole.output_text)
+    assert whole.usage is not None and whole.usage.output_tokens == 20
+    await until_idle(server.url)
+
+
 async def test_three_answers(server: ServeProcess, client: openai.AsyncOpenAI) -> None:
     asked: dict[str, Any] = {"model": "tiny", "max_tokens": 40, "n": 3, "seed": 4, **NO_END}
     asked["temperature"] = 2  # or it says the same thing thrice

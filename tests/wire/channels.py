@@ -15,6 +15,7 @@ from msgspec import Struct
 
 from tests.wire.samples import CONTROL, TO_MASTER, TO_WORKER
 from tinfer.api.decode import BodyDecoder
+from tinfer.api.responses_api.request import ResponsesRequest
 from tinfer.api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from tinfer.errors import InvalidRequest
 from tinfer.wire.control import FrameReader, pack
@@ -55,6 +56,11 @@ _BODIES: dict[type[Struct], Sequence[dict[str, Any]]] = {
     ChatRequest: (
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}], "tools": []},
         {"messages": [{"role": "assistant", "content": None}], "reasoning_effort": "low"},
+    ),
+    ResponsesRequest: (
+        {"input": "a", "tools": [{"type": "function", "name": "f"}], "metadata": {"a": "b"}},
+        {"input": [{"role": "user", "content": [{"type": "input_text", "text": "a"}]}]},
+        {"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}]},
     ),
     TokenizeRequest: ({"prompt": "a"}, {"messages": [], "tools": [{"function": {"name": "f"}}]}),
     DetokenizeRequest: ({"tokens": [1, 2]},),

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import msgspec
 from aiohttp import web
+from msgspec import Struct
 
 from tinfer.api import sampling
 from tinfer.api.chat_reply import ChatReply, Manner
@@ -20,9 +21,29 @@ from tinfer.core.sampling import SamplingSpec
 from tinfer.errors import InvalidRequest
 
 
+class Prepared(Struct, frozen=True):
+    """A chat that can be run: `num_logprobs` top candidates per token are to be shown, None for no
+    logprobs; `parsing` reads the answers, where something does."""
+
+    prompt: Prompt
+    spec: SamplingSpec
+    tools: ToolUse
+    parsing: ChatParsing | None
+    num_logprobs: int | None
+
+
 async def handle(api: Api, request: web.Request) -> web.StreamResponse:
     """Validate, render, run and answer one request."""
     parsed, headers = await api.read_sampling(request, api.chats)
+    ready = await prepare(api, parsed)
+    job = api.job(request, parsed, "chatcmpl-", [ready.prompt], ready.num_logprobs)
+    reply = ChatReply(job, _manner(api, parsed, ready.tools), ready.parsing)
+    sequences = generations(job, [sampling.children(ready.spec, job.n)])
+    return await answer(request, api.service, sequences, reply, bool(parsed.stream), headers)
+
+
+async def prepare(api: Api, parsed: ChatRequest) -> Prepared:
+    """Validate and render one chat. Raises `InvalidRequest` with the field at fault."""
     tools = tool_use(parsed, api.parsers is not None and api.parsers.tools)
     limits = api.limits
     num_logprobs = _num_logprobs(parsed)
@@ -39,10 +60,7 @@ async def handle(api: Api, request: web.Request) -> web.StreamResponse:
     sampling.check_token_ids(prompt.token_ids, limits.vocab_size, "messages")
     parsing, base = await _parsing(api, parsed, tools, options, prompt, base)
     spec = _fitted(api, parsed, base, prompt)
-    job = api.job(request, parsed, "chatcmpl", [prompt], num_logprobs)
-    reply = ChatReply(job, _manner(api, parsed, tools), parsing)
-    sequences = generations(job, [sampling.children(spec, job.n)])
-    return await answer(request, api.service, sequences, reply, bool(parsed.stream), headers)
+    return Prepared(prompt, spec, tools, parsing, num_logprobs)
 
 
 def _fitted(api: Api, parsed: ChatRequest, base: SamplingSpec, prompt: Prompt) -> SamplingSpec:

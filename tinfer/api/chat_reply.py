@@ -8,13 +8,12 @@ ends an answer, and what is hidden with its reasoning, follows vLLM 0.32
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Sequence
 
 from msgspec import UNSET, Struct
 
 from tinfer.api.logprobs import chat_logprobs, prompt_logprobs
-from tinfer.api.parsing import AnswerParser, ChatParsing, Piece, Said
+from tinfer.api.parsing import ChatParsing, Said
+from tinfer.api.reading import ParsedStream, take_apart
 from tinfer.api.responses import (
     ChatChoice,
     ChatCompletion,
@@ -36,11 +35,8 @@ from tinfer.api.serving import (
     usage_tail,
     whole_trace,
 )
-from tinfer.api.sse import Framer
+from tinfer.api.sse import Chunked, Framer
 from tinfer.api.tools import ToolUse
-from tinfer.errors import ParserFailed
-
-log = logging.getLogger(__name__)
 
 
 class Manner(Struct, frozen=True, kw_only=True):
@@ -58,7 +54,7 @@ class Manner(Struct, frozen=True, kw_only=True):
     counts_reasoning: bool = False
 
 
-class ChatReply:
+class ChatReply(Chunked):
     """Writes the answers of one chat request."""
 
     def __init__(self, job: Job, manner: Manner, parsing: ChatParsing | None) -> None:
@@ -68,7 +64,7 @@ class ChatReply:
         self._prompt_text = job.prompts[0].text if manner.show_prompt_text else None
         self._framer = Framer(ChunkHead(job.id, "chat.completion.chunk", job.created, job.model))
         self._parsing = parsing
-        self._streams = [_ParsedStream(parsing) for _ in range(job.n)] if parsing else []
+        self._streams = [ParsedStream(parsing) for _ in range(job.n)] if parsing else []
         self._hides_tokens = parsing is not None and not manner.include_reasoning
         if manner.counts_reasoning:
             self.counter.reasoning_tokens = [0] * job.num_answers
@@ -160,7 +156,7 @@ class ChatReply:
         choices = [self._plain_choice(index, said) for index, said in enumerate(answers)]
         if self._parsing is not None:
             # A parser may take a while over a long answer, in which streams have to move.
-            parts = await asyncio.to_thread(_take_apart, self._parsing, answers)
+            parts = await asyncio.to_thread(take_apart, self._parsing, answers)
             for choice, said in zip(choices, parts, strict=True):
                 self._fill(choice, said)
         if self._manner.echoed:
@@ -216,57 +212,3 @@ class ChatReply:
 
     def _prompt_token_ids(self) -> list[int] | None:
         return self.job.prompts[0].token_ids if self.job.return_token_ids else None
-
-
-class _ParsedStream:
-    """One streamed answer with its parser. One that has failed stays failed: it has no way back to
-    where it was, and a delta may be offered twice."""
-
-    def __init__(self, parsing: ChatParsing) -> None:
-        self._parsing = parsing
-        self._parser: AnswerParser | None = None
-        self._token_ids: list[int] = []
-        self._failure: ParserFailed | None = None
-        self.has_called = False
-
-    def piece(self, delta: Delta) -> Piece | None:
-        """Raises `ParserFailed`."""
-        if self._failure is not None:
-            raise self._failure
-        self._token_ids += delta.token_ids
-        try:
-            self._parser = self._parser or self._parsing.new()
-            piece = _read(self._parser, delta)
-        except Exception as error:  # noqa: BLE001 - a parser may raise anything about what it reads
-            self._failure = _failed(error)
-            raise self._failure from error
-        self.has_called = self.has_called or bool(piece and piece.tool_calls)
-        return piece
-
-    def count_reasoning(self) -> int:
-        return 0 if self._parser is None else self._parser.count_reasoning(self._token_ids)
-
-
-def _read(parser: AnswerParser, delta: Delta) -> Piece | None:
-    """What a delta adds, read step by step: many parsers lose what comes with what is before it."""
-    begins = [(0, 0), *(delta.seams or ())]
-    ends = [*begins[1:], (len(delta.text), len(delta.token_ids))]
-    read: Piece | None = None
-    for number, ((char, token), (end_char, end_token)) in enumerate(zip(begins, ends, strict=True)):
-        finished = delta.finish_reason is not None and number == len(begins) - 1
-        piece = parser.piece(delta.text[char:end_char], delta.token_ids[token:end_token], finished)
-        read = piece if read is None else read.followed_by(piece)
-    return read
-
-
-def _take_apart(parsing: ChatParsing, answers: Sequence[Answer]) -> list[Said]:
-    """Raises `ParserFailed`."""
-    try:
-        return [parsing.new().whole("".join(said.text), said.token_ids) for said in answers]
-    except Exception as error:  # a parser may raise anything about what it reads
-        raise _failed(error) from error
-
-
-def _failed(error: Exception) -> ParserFailed:
-    log.error("a parser broke on an answer", exc_info=error)
-    return ParserFailed(f"the parser broke on this answer: {type(error).__name__}")

@@ -31,7 +31,7 @@ from tinfer.api.serving import (
     usage_tail,
     whole_trace,
 )
-from tinfer.api.sse import Framer
+from tinfer.api.sse import Chunked, Framer
 from tinfer.core.sampling import TokenLogprobs
 from tinfer.errors import EngineFailed, InvalidRequest
 
@@ -62,7 +62,7 @@ async def handle(api: Api, request: web.Request) -> web.StreamResponse:
     prompts = await _prompts(api, parsed)
     asked = DEFAULT_MAX_TOKENS if parsed.max_tokens is None else parsed.max_tokens
     prompt_only = bool(parsed.echo) and asked == 0
-    job = api.job(request, parsed, "cmpl", prompts, parsed.logprobs)
+    job = api.job(request, parsed, "cmpl-", prompts, parsed.logprobs)
     specs = []
     for prompt in prompts:
         sampling.check_token_ids(prompt.token_ids, limits.vocab_size, "prompt")
@@ -123,7 +123,7 @@ async def _echo(api: Api, prompt: Prompt, job: Job, prompt_only: bool) -> Echo:
     return Echo(text, first_token, prompt_only)
 
 
-class CompletionReply:
+class CompletionReply(Chunked):
     """Writes the answers of one request; owns what a stream has to remember between chunks."""
 
     def __init__(self, job: Job, echoes: list[Echo] | None) -> None:

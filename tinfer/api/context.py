@@ -15,6 +15,7 @@ from tinfer.api.options import ApiOptions
 from tinfer.api.parsing import Parsers
 from tinfer.api.render import Prompt, Renderer
 from tinfer.api.request_log import ID_HEADER, id_of, note_id
+from tinfer.api.responses_api.request import ResponsesRequest
 from tinfer.api.sampling import ModelLimits
 from tinfer.api.schemas import (
     Addressed,
@@ -54,6 +55,7 @@ class Api:
         self.options = options
         self.completions = BodyDecoder(CompletionRequest, options.strict_params)
         self.chats = BodyDecoder(ChatRequest, options.strict_params)
+        self.responses = BodyDecoder(ResponsesRequest, options.strict_params)
         self.tokenizations = BodyDecoder(TokenizeRequest, options.strict_params)
         self.detokenizations = BodyDecoder(DetokenizeRequest, options.strict_params)
         self._ignored = IgnoredLog()
@@ -101,7 +103,7 @@ class Api:
         prompts: list[Prompt],
         num_logprobs: int | None,
     ) -> Job:
-        """What the request wants to see.
+        """What the request wants to see; `prefix` comes before its own id.
 
         Raises `InvalidRequest` for too many answers and for headers that mean nothing.
         """
@@ -123,7 +125,7 @@ class Api:
             message = f"takes at most {MAX_REQUEST_ID_CHARS} characters, got {len(own_id)}"
             raise InvalidRequest(message, param="request_id")
         return Job(
-            id=f"{prefix}-{own_id}",
+            id=prefix + own_id,
             created=int(time.time()),
             model=self.service.model.names[0],
             fingerprint=options.system_fingerprint,

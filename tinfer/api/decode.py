@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Struct
 
 from tinfer.api.depth import depth_exceeds
-from tinfer.api.fields import screen
+from tinfer.api.fields import USUAL, Undeclared, screen
 from tinfer.api.limits import MAX_JSON_DEPTH
 from tinfer.errors import InvalidRequest
 
@@ -27,12 +27,13 @@ class BodyDecoder(Generic[RequestT]):
         self._declared = frozenset(f.encode_name for f in msgspec.structs.fields(request_type))
         self._typed = msgspec.json.Decoder(request_type)
         self._names = msgspec.json.Decoder(dict[str, msgspec.Raw])
+        self._known: Undeclared = getattr(request_type, "undeclared", USUAL)
         self._strict = strict
 
     def decode(self, body: bytes) -> tuple[RequestT, list[str]]:
         """The request and the names of its unknown fields. Raises `InvalidRequest`."""
         try:
-            unknown = screen(self._names.decode(body), self._declared, self._strict)
+            unknown = screen(self._names.decode(body), self._declared, self._strict, self._known)
             request = self._typed.decode(body)
         except msgspec.ValidationError as error:
             raise invalid(error) from error

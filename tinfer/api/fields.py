@@ -1,7 +1,8 @@
 """Request fields that `schemas.py` does not declare: refused, without effect, or unknown.
 
-One table for both endpoints. A field that would change the answer, and that we do not carry out, is
-refused unless its value means "off": an answer that silently lacks what was asked for is wrong.
+One table for completions and chats, and one for responses that adds to it. A field that would
+change the answer, and that we do not carry out, is refused unless its value means "off": an answer
+that silently lacks what was asked for is wrong.
 """
 
 from __future__ import annotations
@@ -97,6 +98,71 @@ NO_EFFECT = frozenset(
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.\-]")
 
 
+class Undeclared(Struct, frozen=True):
+    """What is known of the fields that an endpoint does not declare.
+
+    `refused`: name → the values that change nothing; `reasons`: what to say where such a name has
+    another value, for those of which more can be said; `no_effect`: names that may have any value.
+    """
+
+    refused: dict[str, tuple[Any, ...]]
+    no_effect: frozenset[str]
+    reasons: dict[str, str] = {}
+
+
+USUAL = Undeclared(REFUSED, NO_EFFECT)
+_STORES_NOTHING = "this server stores no responses"
+RESPONSES = Undeclared(
+    refused=REFUSED
+    | {
+        # OpenAI
+        "background": _OFF,
+        "context_management": _EMPTY,
+        "conversation": (None,),
+        "previous_response_id": (None,),
+        "prompt": (None,),
+        # vLLM 0.32
+        "enable_response_messages": _OFF,
+        "previous_input_messages": _EMPTY,
+        # Of the other endpoints: what is wanted has another name here, or cannot be had
+        "add_generation_prompt": (None, True),
+        "add_special_tokens": _OFF,
+        "allowed_token_ids": (None,),
+        "bad_words": _EMPTY,
+        "chat_template": (None,),
+        "continue_final_message": _OFF,
+        "documents": _EMPTY,
+        "logprobs": _OFF,
+        "max_tokens": (None,),
+        "messages": _EMPTY,
+        "min_tokens": (None, 0),
+        "n": (None, 1),
+        "prompt_logprobs": (None,),
+        "reasoning_effort": (None,),
+        "response_format": (None, {"type": "text"}),
+        "return_prompt_text": _OFF,
+        "return_token_ids": _OFF,
+        "return_tokens_as_token_ids": _OFF,
+        "spaces_between_special_tokens": (None, True),
+    },
+    # `stream_options` can only ask for less obfuscation, and there is none.
+    no_effect=NO_EFFECT | {"prompt_cache_options", "stream_options"},
+    reasons={
+        "background": f"{_STORES_NOTHING}, so none can be computed in the background",
+        "conversation": f"{_STORES_NOTHING}; send what was said before in `input`",
+        "logprobs": 'ask with `include: ["message.output_text.logprobs"]` and `top_logprobs`',
+        "max_completion_tokens": "is called `max_output_tokens` here",
+        "max_tokens": "is called `max_output_tokens` here",
+        "messages": "is called `input` here",
+        "n": "a response is one answer",
+        "previous_response_id": f"{_STORES_NOTHING}; send what was said before in `input`",
+        "prompt": "this server stores no prompts; send `input`",
+        "reasoning_effort": "is called `reasoning.effort` here",
+        "response_format": "is called `text.format` here",
+    },
+)
+
+
 class IgnoredLog(Struct):
     """Names already logged, to log each once; bounded, since clients choose them."""
 
@@ -109,7 +175,12 @@ class IgnoredLog(Struct):
                 log.warning("request field is unknown and ignored", extra={"field": name})
 
 
-def screen(sent: Mapping[str, msgspec.Raw], declared: Collection[str], strict: bool) -> list[str]:
+def screen(
+    sent: Mapping[str, msgspec.Raw],
+    declared: Collection[str],
+    strict: bool,
+    known: Undeclared = USUAL,
+) -> list[str]:
     """Judge the undeclared fields of one request; returns the unknown ones, safe to log and send.
 
     Raises `InvalidRequest` for a field that is known but not supported, and with `strict` for any
@@ -117,13 +188,14 @@ def screen(sent: Mapping[str, msgspec.Raw], declared: Collection[str], strict: b
     """
     unknown: list[str] = []
     for name, raw in sent.items():
-        if name in declared or name in NO_EFFECT:
+        if name in declared or name in known.no_effect:
             continue
         shown = _UNSAFE.sub("?", name[:MAX_NAME_CHARS])
-        if name in REFUSED:
+        if name in known.refused:
             value = msgspec.json.decode(raw)
-            if not any(_same(value, off) for off in REFUSED[name]):
-                raise InvalidRequest(f"`{shown}` is not supported with this value", param=shown)
+            if not any(_same(value, off) for off in known.refused[name]):
+                usual = f"`{shown}` is not supported with this value"
+                raise InvalidRequest(known.reasons.get(name, usual), param=shown)
         elif strict:
             raise InvalidRequest(f"`{shown}` is not a known field", param=shown)
         else:

@@ -22,6 +22,10 @@ MAX_LOGIT_BIAS_ENTRIES = 1024
 MAX_STOP_TOKEN_IDS = 1024
 # It comes back in every chunk of a stream.
 MAX_REQUEST_ID_CHARS = 256
+# Of a response, which repeats it. Source: OpenAI.
+MAX_METADATA_ENTRIES = 16
+MAX_METADATA_KEY_CHARS = 64
+MAX_METADATA_VALUE_CHARS = 512
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 # As far as the bins of lengths reach (tinfer/predict/curves.py); longer than any model's context.
 MAX_EXPECTED_TOKENS = 1 << 20

@@ -20,15 +20,18 @@ from msgspec import Struct, UnsetType
 from tinfer.api.access import OPEN, PRIVILEGED
 from tinfer.api.context import Api
 from tinfer.api.deadline import HEADER as TIMEOUT_HEADER
-from tinfer.api.fields import IGNORED_HEADER, REFUSED
+from tinfer.api.fields import IGNORED_HEADER, Undeclared
 from tinfer.api.limits import INT64_MAX, INT64_MIN, MAX_N, MAX_STOP_STRINGS
 from tinfer.api.request_log import ID_HEADER
 from tinfer.api.responses import ChunkHead, ChunkTail, ErrorBody
+from tinfer.api.responses_api.events import Event, name_of
+from tinfer.api.responses_api.request import ResponsesRequest
 from tinfer.api.schemas import (
     Addressed,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    GeneratingFields,
     ResponseFormat,
     SamplingFields,
 )
@@ -54,9 +57,7 @@ _PROMPT_FORMS: list[Schema] = [
 ]
 # Struct, for its subclasses too → field → what `sampling.py` and the handlers check by hand.
 _RULES: dict[type[Struct], dict[str, Schema]] = {
-    SamplingFields: {
-        "n": {"minimum": 1, "maximum": MAX_N},
-        "min_tokens": {"minimum": 0},
+    GeneratingFields: {
         "temperature": {"minimum": 0, "maximum": 2},
         "top_p": {"exclusiveMinimum": 0, "maximum": 1},
         "top_k": {"minimum": -1, "maximum": INT64_MAX},
@@ -65,10 +66,14 @@ _RULES: dict[type[Struct], dict[str, Schema]] = {
         "presence_penalty": _PENALTY,
         "frequency_penalty": _PENALTY,
         "repetition_penalty": {"exclusiveMinimum": 0},
-        "allowed_token_ids": {"minItems": 1, **_TOKEN_IDS},
-        "bad_words": {"items": {"minLength": 1}},
         "stop": {"minLength": 1, "maxItems": MAX_STOP_STRINGS, "items": {"minLength": 1}},
         "stop_token_ids": _TOKEN_IDS,
+    },
+    SamplingFields: {
+        "n": {"minimum": 1, "maximum": MAX_N},
+        "min_tokens": {"minimum": 0},
+        "allowed_token_ids": {"minItems": 1, **_TOKEN_IDS},
+        "bad_words": {"items": {"minLength": 1}},
         "prompt_logprobs": _COUNT_OR_ALL,
         "response_format": {
             "anyOf": [{"$ref": _REFERENCE.format(name=ResponseFormat.__name__)}, {"type": "null"}]
@@ -86,6 +91,7 @@ _RULES: dict[type[Struct], dict[str, Schema]] = {
         "top_logprobs": _COUNT_OR_ALL,
         "tools": {"minItems": 1},
     },
+    ResponsesRequest: {"max_output_tokens": {"minimum": 1}, "top_logprobs": _COUNT_OR_ALL},
     DetokenizeRequest: {"tokens": {"items": {"minimum": 0, "maximum": MAX_TOKEN_ID}}},
 }
 _NEVER_NULL: dict[type[Struct], tuple[str, ...]] = {CompletionRequest: ("prompt",)}
@@ -94,7 +100,7 @@ _ERRORS = {
     400: "The request is at fault; `param` names the field.",
     401: "The server has API keys, and the request shows none of them.",
     403: "Without API keys: what looks inside is for clients on this machine only.",
-    404: "No model of that name is served, or no such request is known.",
+    404: "No model of that name is served, or no such request or response is known.",
     408: "The body did not come in time.",
     413: "The body is too large.",
     429: "The server is full; come back after `Retry-After` seconds.",
@@ -138,10 +144,10 @@ class Endpoint(Struct, frozen=True, kw_only=True):
     """One route: what is called, and what a client has to know.
 
     `takes` is the struct that the body is decoded into; `gives` the type of the answer's JSON, None
-    for an empty body; `event` one choice of a stream's chunk, where the endpoint generates; `texts`
-    the media types of an answer that is text; `query` its parameters behind the path, as the
-    document has them. Errors are answered with an `ErrorBody`, those in `plain_errors` also in
-    plain text.
+    for an empty body; where the endpoint generates, `event` is one choice of a stream's chunk, or
+    `events` are all that a stream has, each under its name; `texts` the media types of an answer
+    that is text; `query` its parameters behind the path, as the document has them. Errors are
+    answered with an `ErrorBody`, those in `plain_errors` also in plain text.
     """
 
     method: str
@@ -151,11 +157,17 @@ class Endpoint(Struct, frozen=True, kw_only=True):
     takes: type[Struct] | None = None
     gives: Any = None
     event: type[Struct] | None = None
+    events: tuple[type[Event], ...] = ()
     status: int = 200
     texts: tuple[str, ...] = ()
     query: tuple[Schema, ...] = ()
     errors: tuple[int, ...] = ()
     plain_errors: tuple[int, ...] = ()
+
+    @property
+    def generates(self) -> bool:
+        """Whether a client may ask for a stream."""
+        return self.event is not None or bool(self.events)
 
     @property
     def shown_path(self) -> str:
@@ -174,7 +186,7 @@ def document(endpoints: typing.Iterable[Endpoint], version: str) -> Schema:
         "info": {
             "title": "tinfer",
             "version": version,
-            "description": "Completions and chat as OpenAI and `vllm serve` have them.",
+            "description": "Completions, chat and responses as OpenAI and `vllm serve` have them.",
         },
         "paths": paths,
         "components": {
@@ -198,7 +210,7 @@ def _operation(endpoint: Endpoint) -> Schema:
         for name in re.findall(r"\{(\w+)\}", endpoint.shown_path)
     ]
     parameters += endpoint.query
-    if endpoint.event is not None:
+    if endpoint.generates:
         parameters += [_ASK_TRACE, _OWN_ID, _OWN_LIMIT]
     if parameters:
         operation["parameters"] = parameters
@@ -216,8 +228,8 @@ def _responses(endpoint: Endpoint) -> Schema:
         success["content"] = {"application/json": {"schema": _schema_of(endpoint.gives)}}
     if endpoint.texts:
         success["content"] = {kind: {"schema": {"type": "string"}} for kind in endpoint.texts}
-    if endpoint.event is not None:
-        success["content"]["text/event-stream"] = _stream(endpoint.event)
+    if endpoint.generates:
+        success["content"]["text/event-stream"] = _stream(endpoint)
     if endpoint.takes is not None and issubclass(endpoint.takes, Addressed):
         success["headers"] = {IGNORED_HEADER: _IGNORED}
     responses = {str(endpoint.status): success}
@@ -245,9 +257,11 @@ def _statuses_of_all(endpoint: Endpoint) -> Iterator[int]:
         yield 408
 
 
-def _stream(event: type[Struct]) -> Schema:
+def _stream(endpoint: Endpoint) -> Schema:
     """One server-sent event, which is what tools take the schema of a stream for in OpenAPI 3.1."""
-    chunk = {"$ref": _REFERENCE.format(name=_chunk_name(event))}
+    if endpoint.event is None:
+        return _named_stream(endpoint.events)
+    chunk = {"$ref": _REFERENCE.format(name=_chunk_name(endpoint.event))}
     said = {
         "contentMediaType": "application/json",
         "contentSchema": {"anyOf": [chunk, _reference(ErrorBody)]},
@@ -256,6 +270,24 @@ def _stream(event: type[Struct]) -> Schema:
     data = {"type": "string", "anyOf": [{"const": "[DONE]"}, said]}
     event_schema = {"type": "object", "properties": {"data": data}, "required": ["data"]}
     return {"schema": event_schema | {"description": about}}
+
+
+def _named_stream(events: tuple[type[Event], ...]) -> Schema:
+    data: Schema = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [_reference(event) for event in events]},
+    }
+    properties = {"event": {"enum": [name_of(event) for event in events]}, "data": data}
+    about = "With `stream`: events by name; the last one has the whole response, or its error."
+    return {
+        "schema": {
+            "type": "object",
+            "properties": properties,
+            "required": [*properties],
+            "description": about,
+        }
+    }
 
 
 def _requests(endpoints: list[Endpoint]) -> dict[str, Schema]:
@@ -275,7 +307,7 @@ def _requests(endpoints: list[Endpoint]) -> dict[str, Schema]:
             del properties[name]["default"]
             schema["required"].append(name)
         if issubclass(body, Addressed):
-            _refuse(properties)
+            _refuse(properties, body.undeclared)
     return components
 
 
@@ -287,9 +319,9 @@ def _with(schema: Schema, rule: Schema) -> Schema:
     return both
 
 
-def _refuse(properties: Schema) -> None:
+def _refuse(properties: Schema, known: Undeclared) -> None:
     """Add the fields that are known and not carried out, each with the values that mean "off"."""
-    for name, off in REFUSED.items():
+    for name, off in known.refused.items():
         if name not in properties:
             about = "Not supported: takes only what changes nothing."
             properties[name] = {"enum": list(off), "description": about}
@@ -299,6 +331,7 @@ def _replies(endpoints: list[Endpoint]) -> dict[str, Schema]:
     """The schemas of all bodies that are sent."""
     kinds: list[Any] = [endpoint.gives for endpoint in endpoints if endpoint.gives is not None]
     kinds += [_chunk(endpoint.event) for endpoint in endpoints if endpoint.event is not None]
+    kinds += [event for endpoint in endpoints for event in endpoint.events]
     kinds += [ErrorBody, *Shown.__subclasses__(), *Foretold.__subclasses__()]
     _, components = msgspec.json.schema_components(kinds, ref_template=_REFERENCE)
     for kind in {struct for hint in kinds for struct in _structs_in(hint)}:
@@ -307,7 +340,9 @@ def _replies(endpoints: list[Endpoint]) -> dict[str, Schema]:
         for property_ in schema["properties"].values():
             property_.pop("default", None)
         # What has a default is sent all the same; only what may be UNSET can be missing.
-        schema["required"] = [
+        tag_field = kind.__struct_config__.tag_field
+        schema["required"] = [] if tag_field is None else [tag_field]
+        schema["required"] += [
             field.encode_name
             for field in msgspec.structs.fields(kind)
             if UnsetType not in typing.get_args(hints[field.name])

@@ -18,7 +18,7 @@ from msgspec import Struct
 
 from tinfer.api.messages import conversation
 from tinfer.api.schemas import Message
-from tinfer.errors import InvalidRequest, Overloaded, StartError
+from tinfer.errors import InvalidRequest, Overloaded, PromptTooLong, StartError
 
 T = TypeVar("T")
 
@@ -155,7 +155,7 @@ class Renderer:
     def _encode(self, text: str, add_special_tokens: bool, param: str, any_length: bool) -> Prompt:
         limit = None if any_length else self._max_chars
         if limit is not None and len(text) > limit:
-            raise InvalidRequest(
+            raise PromptTooLong(
                 f"the prompt has {len(text)} characters, more than the {limit} that "
                 "could fit the model's length",
                 param=param,

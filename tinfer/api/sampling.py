@@ -132,7 +132,7 @@ def fit(
     room = limits.max_model_len - prompt_tokens
     if requested_tokens is not None and requested_tokens > limits.max_model_len:
         raise PromptTooLong(
-            f"{max_tokens_param}={requested_tokens} is more than the model's length of "
+            f"{requested_tokens} tokens are more than the model's length of "
             f"{limits.max_model_len} tokens",
             param=max_tokens_param,
         )

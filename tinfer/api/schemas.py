@@ -6,15 +6,18 @@ Ranges are checked in `sampling.py`; what is not declared here is judged by `fie
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
+from tinfer.api.fields import USUAL, Undeclared
 from tinfer.api.limits import INT64_MAX, INT64_MIN, MAX_DEADLINE_MS, MAX_EXPECTED_TOKENS
 
 # Lower goes first. As vLLM's, which some clients set to a time.
 Priority = Annotated[int, Meta(ge=INT64_MIN, le=INT64_MAX)]
+
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class StreamOptions(Struct):
@@ -74,17 +77,15 @@ class ResponseFormat(Struct):
 class Addressed(Struct, kw_only=True):
     """What every request body may name: the model it is for."""
 
+    undeclared: ClassVar[Undeclared] = USUAL
+
     model: str | None = None
 
 
-class SamplingFields(Addressed, kw_only=True):
-    """The fields that both endpoints share."""
+class GeneratingFields(Addressed, kw_only=True):
+    """The fields that all endpoints that generate share."""
 
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: int | None = None
-    max_tokens: int | None = None
-    min_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -94,23 +95,32 @@ class SamplingFields(Addressed, kw_only=True):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    structured_outputs: StructuredOutputs | None = None
+    request_id: str | None = None
+    priority: Priority | None = None
+    tinfer: Wishes | None = None
+
+
+class SamplingFields(GeneratingFields, kw_only=True):
+    """The fields that completions and chats share."""
+
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
     spaces_between_special_tokens: bool | None = None
     prompt_logprobs: int | None = None
-    structured_outputs: StructuredOutputs | None = None
     response_format: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
-    request_id: str | None = None
-    priority: Priority | None = None
-    tinfer: Wishes | None = None
 
 
 class CompletionRequest(SamplingFields, kw_only=True):
@@ -171,9 +181,7 @@ class ChatRequest(SamplingFields, kw_only=True):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
-        None
-    )
+    reasoning_effort: ReasoningEffort | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, str]] | None = None

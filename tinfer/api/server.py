@@ -37,6 +37,10 @@ from tinfer.api.responses import (
     Version,
     new_id,
 )
+from tinfer.api.responses_api import handler as responses_handler
+from tinfer.api.responses_api.bodies import Response
+from tinfer.api.responses_api.events import EVENTS
+from tinfer.api.responses_api.request import ResponsesRequest
 from tinfer.api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from tinfer.api.service import Service
 from tinfer.api.tokenize import DetokenizeResponse, TokenizeResponse
@@ -201,6 +205,27 @@ ENDPOINTS = (
         gives=ChatCompletion,
         event=ChatDelta,
         errors=_RUNS,
+    ),
+    Endpoint(
+        method="POST",
+        path="/v1/responses",
+        handler=responses_handler.handle,
+        summary="Answer a chat as a response",
+        takes=ResponsesRequest,
+        gives=Response,
+        events=EVENTS,
+        errors=_RUNS,
+    ),
+    *(
+        Endpoint(
+            method=method,
+            path="/v1/responses/{response_id}" + action,
+            handler=responses_handler.handle_stored,
+            summary="Responses are not stored",
+            status=404,
+            errors=(404,),
+        )
+        for method, action in (("GET", ""), ("DELETE", ""), ("POST", "/cancel"))
     ),
     Endpoint(
         method="POST",

@@ -1,4 +1,4 @@
-"""What both endpoints share of an answer: what is asked, what is counted, how it is sent."""
+"""What the endpoints that generate share: what is asked, what is counted, how it is sent."""
 
 from __future__ import annotations
 
@@ -13,9 +13,15 @@ from tinfer.api.deadline import Deadline
 from tinfer.api.failures import error_body, json_response, unexpected
 from tinfer.api.fanout import Batch, Fanout
 from tinfer.api.render import Prompt
-from tinfer.api.responses import ChunkTail, CompletionTokensDetails, PromptTokensDetails, Usage
+from tinfer.api.responses import (
+    ChunkTail,
+    CompletionTokensDetails,
+    ErrorBody,
+    PromptTokensDetails,
+    Usage,
+)
 from tinfer.api.service import Delta, Generation, Hints, Service
-from tinfer.api.sse import DONE, direct, error_event, open_stream
+from tinfer.api.sse import direct, open_stream
 from tinfer.api.trace import Foretold, Predicted, Predictions, Shown, Trace, shown
 from tinfer.core.sampling import SamplingSpec, TokenLogprobs
 from tinfer.errors import EngineFailed, TinferError
@@ -154,6 +160,7 @@ class Reply(Protocol):
     """How one endpoint writes its answers."""
 
     counter: Counter
+    end_mark: bytes
 
     @property
     def job(self) -> Job: ...
@@ -168,7 +175,11 @@ class Reply(Protocol):
         ...
 
     def closing(self) -> bytes:
-        """Events after the last delta, before the end mark."""
+        """Events after the last delta, before `end_mark`."""
+        ...
+
+    def failed(self, body: ErrorBody) -> bytes:
+        """Events that end a stream that fails midway, before `end_mark`."""
         ...
 
     async def whole(self, answers: list[Answer]) -> Struct:
@@ -278,14 +289,14 @@ async def _stream(
     except TimeoutError:
         if _is_stalled(request):
             raise ConnectionResetError("the client does not read") from None
-        last = error_event(error_body(deadline.passed()))
+        last = reply.failed(error_body(deadline.passed()))
     except TinferError as error:
-        last = error_event(error_body(error))
+        last = reply.failed(error_body(error))
     except ConnectionResetError:
         raise
     except Exception as error:  # noqa: BLE001 - the status is sent, so the stream has to say it
-        last = error_event(unexpected(error))
-    await response.write(last + DONE)
+        last = reply.failed(unexpected(error))
+    await response.write(last + reply.end_mark)
     await response.write_eof()
     return response
 
@@ -298,7 +309,13 @@ async def _write_batches(
     first: Batch,
     batches: AsyncIterator[Batch],
 ) -> None:
-    await response.write(reply.opening() + _events(reply, first))
+    opening = reply.opening()
+    try:
+        events = _events(reply, first)
+    except Exception:
+        await response.write(opening)
+        raise
+    await response.write(opening + events)
     sink = direct(request, lambda delta: _events(reply, [(0, delta)]))
     if sink is not None:
         fanout.write_through(sink)

@@ -36,9 +36,19 @@ class Framer:
         return b"%b%b]%b%b\n\n" % (self._start, shown, b"" if more == b"}" else b",", more)
 
 
-def error_event(body: ErrorBody) -> bytes:
-    """The event that ends a stream that fails midway."""
-    return b"data: " + _ENCODER.encode(body) + b"\n\n"
+class Chunked:
+    """How a stream of chunks ends, for the replies that write one."""
+
+    end_mark = DONE
+
+    def failed(self, body: ErrorBody) -> bytes:
+        """The event of a stream that fails midway."""
+        return b"data: " + _ENCODER.encode(body) + b"\n\n"
+
+
+def named_event(name: str, data: Struct) -> bytes:
+    """One event of a stream whose events have names."""
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), _ENCODER.encode(data))
 
 
 async def open_stream(request: web.Request, headers: dict[str, str]) -> web.StreamResponse:

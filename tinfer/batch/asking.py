@@ -28,11 +28,22 @@ class ServerGone(Exception):
     """Nothing answers any more: what is left is not asked, and has no result."""
 
 
+class _Used(Usage):
+    """As completions and chats tell it, or as responses do."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.prompt_tokens = self.prompt_tokens or self.input_tokens
+        self.completion_tokens = self.completion_tokens or self.output_tokens
+
+
 class _Body(Struct):
     """What a batch wants to know of an answer."""
 
     id: str | None = None
-    usage: Usage | None = None
+    usage: _Used | None = None
 
 
 class Asker:
