@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import openai
 import pydantic
 import pytest
-from openai.types.responses import FunctionToolParam, ResponseInputParam
+from openai.types.responses import (
+    FunctionToolParam,
+    Response,
+    ResponseInputParam,
+    ResponseStreamEvent,
+)
 
 from tests.api.canned import say, token
 from tests.api.conftest import Serve, Server
 from tests.api.parsed import Speaker
+from tests.api.responding import events_of, respond
+from tinfer.errors import EngineFailed
 
 NOW: FunctionToolParam = {"type": "function", "name": "now", "parameters": {}, "strict": False}
 CALL = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
@@ -113,6 +121,31 @@ async def test_a_streamed_call(serve: Serve, speaker: Speaker) -> None:
     assert last.type == "response.completed"
     (call,) = last.response.output
     assert call.type == "function_call" and call.name == "now"
+
+
+EVENT: pydantic.TypeAdapter[ResponseStreamEvent] = pydantic.TypeAdapter(ResponseStreamEvent)
+
+
+async def test_bodies_and_events_are_of_the_packages_types(serve: Serve, speaker: Speaker) -> None:
+    """Which the client itself does not check."""
+    asked: dict[str, Any] = {
+        **{"tools": [NOW], "tool_choice": {"type": "function", "name": "now"}},
+        **{"metadata": {"a": "b"}, "reasoning": {"effort": "low", "summary": "auto"}},
+        "text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "object"}}},
+        **{"include": ["message.output_text.logprobs"], "top_logprobs": 1},
+    }
+    text = f"<think>Hm.</think>Well. {CALL}"
+    async with serve("hermes", "qwen3") as server:
+        for reason, ask in (("stop", asked), ("length", asked), ("stop", {})):
+            server.service.script = lambda _, reason=reason: speaker.say(  # type: ignore[misc]
+                text, reason, logprobs=True
+            )
+            Response.model_validate(await respond(server, **ask))
+            for event in await events_of(server, **ask):
+                assert EVENT.validate_python(event).type == event["type"]
+        server.service.script = lambda _: [*speaker.say("Well.")[:2], EngineFailed("broke")]
+        failed = [EVENT.validate_python(event).type for event in await events_of(server)]
+    assert failed[-1] == "response.failed"
 
 
 async def test_errors(server: Server, client: openai.AsyncOpenAI) -> None:

@@ -312,7 +312,7 @@ async def _write_batches(
     opening = reply.opening()
     try:
         events = _events(reply, first)
-    except Exception:
+    except Exception:  # who reads of the failure has to know of what
         await response.write(opening)
         raise
     await response.write(opening + events)
