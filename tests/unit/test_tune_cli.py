@@ -57,21 +57,17 @@ def test_no_option_measures_the_built_in_model(ran: Ran) -> None:
     result = ran.tune()
     assert result.exit_code == 0, result.output
     config = configuration.load({"max_num_batched_tokens": 8192})
-    assert ran.options == [
-        TuneOptions(config=config, repeats=5, seed=0, alone=False, show_progress=False)
-    ]
+    assert ran.options == [TuneOptions(config=config, repeats=5, seed=0, show_progress=False)]
     assert "chunk     256 tokens" in result.stdout and result.stderr.startswith("stored: ")
     assert store.load_for(IDENTITY) == tuning()
 
 
 def test_every_option_reaches_it(ran: Ran) -> None:
     flags = ("--dtype", "float32", "--cpu-threads", "3", "--max-model-len", "99", "--enforce-eager")
-    result = ran.tune(
-        "some/model", *flags, "--max-chunk", "64", "--repeats", "2", "--seed", "9", "--alone"
-    )
+    result = ran.tune("some/model", *flags, "--max-chunk", "64", "--repeats", "2", "--seed", "9")
     assert result.exit_code == 0, result.output
     (options,) = ran.options
-    assert (options.repeats, options.seed, options.alone) == (2, 9, True)
+    assert (options.repeats, options.seed) == (2, 9)
     assert options.config == ServeConfig(
         model="some/model",
         dtype="float32",
@@ -87,7 +83,7 @@ def test_shared_options_are_those_of_serve_and_no_others() -> None:
     fields = ServeConfig.__struct_fields__
     assert set(SHARED) <= set(fields)
     shown = {p.name for p in main.get_command(None, "tune").params}  # type: ignore
-    own = {"model", "max_chunk", "repeats", "seed", "alone", "stored", "json_path", "plot_dir"}
+    own = {"model", "max_chunk", "repeats", "seed", "stored", "json_path", "plot_dir"}
     assert shown == {*SHARED, *own}
 
 

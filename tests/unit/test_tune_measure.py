@@ -19,7 +19,6 @@ from tinfer.tuner.design import Batch, MixedStep, Prompt
 from tinfer.tuner.driver import Driver, SeenStep, random_prompt
 from tinfer.tuner.measure import measure
 from tinfer.tuner.rounds import rounds
-from tinfer.wire import messages as wire
 
 LOOP_S = 2e-4
 
@@ -48,7 +47,6 @@ async def test_measuring_finds_the_costs_that_the_workers_have() -> None:
     watch = Watch()
     found = await measure(SimWorkers(COSTS, LOOP_S, [ready(), ready()]), 3, 0, watch)
     assert found.loop_s == pytest.approx(LOOP_S) and found.waited_share == 0.0
-    assert found.beside_others
     fitted = fit(found.steps, found.handoffs, COSTS.source)
     for name in COSTS.__struct_fields__[:-1]:
         assert getattr(fitted.costs, name) == pytest.approx(getattr(COSTS, name), rel=1e-6), name
@@ -75,48 +73,15 @@ async def test_what_a_worker_waits_for_its_core_is_taken_out() -> None:
         assert getattr(fitted.costs, name) == pytest.approx(getattr(COSTS, name), rel=1e-6), name
 
 
-@pytest.mark.parametrize(("alone", "factor"), [(False, 1.25), (True, 1.0)])
-async def test_steps_are_measured_beside_a_busy_worker(alone: bool, factor: float) -> None:
-    workers = SimWorkers(COSTS, LOOP_S, [ready(), ready()], beside=1.25)
-    found = await measure(workers, 2, 0, Watch(), alone)
-    assert workers.busy == [] and found.beside_others is not alone
-    fitted = fit(found.steps, found.handoffs, COSTS.source).costs
-    for name in ("base_s", "prefill_token_s", "prefill_context_s", "decode_seq_s", "kv_token_s"):
-        assert getattr(fitted, name) == pytest.approx(factor * getattr(COSTS, name), rel=0.02), name
-    # Hand-offs are between two that do nothing else.
-    assert fitted.handoff_s == pytest.approx(COSTS.handoff_s, rel=1e-6)
-
-
-@pytest.mark.parametrize(("alone", "seen"), [(False, 2), (True, 1)])
-async def test_the_measurement_has_the_same_prompts_beside_whomever(alone: bool, seen: int) -> None:
-    """Which of them are drawn does not depend on how fast the other worker is."""
-    workers = SimWorkers(COSTS, LOOP_S, [ready(), ready()])
-    sent: dict[str, list[bytes]] = {"worker-0": [], "worker-1": []}
-    send = workers.send
-
-    def noted(worker_id: str, message: wire.ToWorker) -> None:
-        if isinstance(message, wire.Start) and message.kind == "whole":
-            sent[worker_id].append(message.prompt)
-        send(worker_id, message)
-
-    workers.send = noted  # type: ignore[method-assign]
-    await measure(workers, 1, 0, Watch(), alone)
-    assert sum(map(bool, sent.values())) == seen
-    rng = random.Random(0)
-    first = sent["worker-0"]
-    assert first == [random_prompt(len(prompt) // 4, 512, rng) for prompt in first]
-
-
 async def test_one_worker_is_measured_without_a_hand_off() -> None:
     found = await measure(SimWorkers(COSTS, LOOP_S, [ready()]), 1, 0, Watch())
-    assert not found.beside_others
     assert found.handoffs == [] and found.kv.bytes_per_token == 64.0
     assert (found.kv.num_tokens, found.kv.step_tokens) == (65536, 2048)
 
 
 async def test_a_small_engine_is_measured_as_far_as_it_goes() -> None:
     small = ready(max_model_len=96, num_blocks=16, max_num_seqs=2, chunk_tokens=64)
-    found = await measure(SimWorkers(COSTS, LOOP_S, [small, small]), 2, 0, Watch())
+    found = await measure(SimWorkers(COSTS, LOOP_S, [small]), 2, 0, Watch())
     sizes = [p.prefill_tokens for p in found.steps if p.kind == "prefill"]
     assert sizes == [16, 24, 32, 48, 64]
     assert {p.num_decodes for p in found.steps if p.kind == "decode"} == {1, 2}

@@ -60,12 +60,10 @@ class SimWorker:
                     self._running.append(_Running(message, tokens))
         return said
 
-    @property
-    def is_busy(self) -> bool:
-        return bool(self._running)
-
-    def step(self, slower: float) -> Received:
-        """The news of one step, which takes so many times as long as the costs say."""
+    def step(self) -> Received | None:
+        """The news of one step; None where there is nothing to do."""
+        if not self._running:
+            return None
         left = self.ready.chunk_tokens
         left_prefill = left if self.budget is None else self.budget
         kv = num_decodes = num_prefill = 0
@@ -92,8 +90,7 @@ class SimWorker:
         self._running = [
             one for one in self._running if one.output_tokens < _wanted_tokens(one.start)
         ]
-        costs_s = slower * self._costs.step_s(num_prefill, num_decodes, kv, context)
-        alone_s = costs_s - self._loop_s
+        alone_s = self._costs.step_s(num_prefill, num_decodes, kv, context) - self._loop_s
         busy_s = alone_s * (1.0 + self.crowd)
         self.waited_s += busy_s - alone_s
         self._busy_s += busy_s
@@ -134,18 +131,10 @@ class SimWorker:
 
 
 class SimWorkers:
-    """Implements `driver.Workers`. Raises `AssertionError` where a real one would wait forever.
-
-    A step takes `beside` times as long if another worker has something to do when it begins.
-    """
+    """Implements `driver.Workers`. Raises `AssertionError` where a real one would wait forever."""
 
     def __init__(
-        self,
-        costs: CostModel,
-        loop_s: float,
-        ready: list[wire.Ready],
-        crowd: float = 0.0,
-        beside: float = 1.0,
+        self, costs: CostModel, loop_s: float, ready: list[wire.Ready], crowd: float = 0.0
     ) -> None:
         names = [f"worker-{number}" for number in range(len(ready))]
         self._workers = {
@@ -153,16 +142,8 @@ class SimWorkers:
             for name, one in zip(names, ready, strict=True)
         }
         self.ready = dict(zip(names, ready, strict=True))
-        self._beside = beside
         self._now_s = 0.0
         self._said: deque[Received] = deque()
-        # Steps that are under way, by worker.
-        self._coming: dict[str, Received] = {}
-
-    @property
-    def busy(self) -> list[str]:
-        """Workers that have something to do."""
-        return [n for n, worker in self._workers.items() if worker.is_busy or n in self._coming]
 
     def moment(self, worker_id: str) -> Moment:
         return Moment(self._now_s, self._workers[worker_id].waited_s)
@@ -175,20 +156,13 @@ class SimWorkers:
             self._said.append(Received(moment, message.source.worker_id, ended))
 
     async def receive(self) -> Received:
-        received = self._said.popleft() if self._said else self._next_step()
+        if not self._said:
+            steps = (worker.step() for worker in self._workers.values())
+            self._said += [step for step in steps if step is not None]
+        assert self._said, "nobody is going to say anything"
+        received = self._said.popleft()
         self._now_s = max(self._now_s, received.moment.at_s)
         return received
-
-    def _next_step(self) -> Received:
-        """The news of the step that ends first."""
-        busy = self.busy
-        for name in busy:
-            if name not in self._coming:
-                slower = self._beside if len(busy) > 1 else 1.0
-                self._coming[name] = self._workers[name].step(slower)
-        assert self._coming, "nobody is going to say anything"
-        first = min(self._coming, key=lambda name: self._coming[name].moment.at_s)
-        return self._coming.pop(first)
 
 
 def _wanted_tokens(start: wire.Start) -> int:

@@ -10,7 +10,6 @@ tinfer/tune/tuning.py and of the structs within it:
   versions      of tinfer, python and the engine's packages; date (UTC); repeats; seed
   loop_s        what a worker spends between two steps; part of every sample of a step
   waited_share  of the worker's time, spent waiting for its core; in no sample
-  beside_others whether another worker computed while the steps were measured
   kv            num_blocks, block_tokens, kv_bytes, bytes_per_token, max_num_seqs, max_model_len,
                 step_tokens of the worker that was measured
   steps         per point: kind (prefill, later-chunk, decode, mixed), prefill_tokens,
@@ -68,11 +67,7 @@ ones between two workers of this box, from the order to the report; not on
 a box with one GPU. The costs are fitted to the medians with the least
 relative squares; prompts beside sequences that decode are a check only.
 \b
-Of two workers the one that is not measured computes prompts and answers of
-its own all the while, since under load it does: on a CPU they share caches
-and memory. --alone shows the difference. Hand-offs are between idle ones.
-\b
-Nothing besides should compute meanwhile: a line says so if it did. What a
+Nothing else should compute meanwhile: a line says so if it did. What a
 worker waited for its core is taken out of the steps' times, as the kernel
 counts it, but not what it lost by sharing caches and memory.
 \b
@@ -109,11 +104,6 @@ after Ctrl-C, and then nothing is stored.
     show_default=True,
     help="Of the prompts, which are random.",
 )
-@click.option(
-    "--alone",
-    is_flag=True,
-    help="Measure steps with nothing else to do. Default: beside a worker that computes too.",
-)
 @click.option("--stored", is_flag=True, help="Show what is stored; measures nothing.")
 @json_option("Write the tuning here too; - is standard output, and then only JSON.")
 @plot_option("Draw prefill.png, decode.png and handoff.png there.")
@@ -122,7 +112,6 @@ def command(
     max_chunk: int,
     repeats: int,
     seed: int,
-    alone: bool,
     stored: bool,
     json_path: str | None,
     plot_dir: Path | None,
@@ -136,16 +125,14 @@ def command(
 
     def tuned() -> int:
         check_writable(json_path, plot_dir)
-        tuning = _of(values, max_chunk, repeats, seed, alone, stored)
+        tuning = _of(values, max_chunk, repeats, seed, stored)
         _report(tuning, json_path, plot_dir)
         return 0
 
     sys.exit(ended(tuned))
 
 
-def _of(
-    values: dict[str, Any], max_chunk: int, repeats: int, seed: int, alone: bool, stored: bool
-) -> Tuning:
+def _of(values: dict[str, Any], max_chunk: int, repeats: int, seed: int, stored: bool) -> Tuning:
     config = configuration.load({**values, "max_num_batched_tokens": max_chunk, "seed": seed})
     from tinfer.tune import store
     from tinfer.tuner import app
@@ -153,11 +140,7 @@ def _of(
     if stored:
         return app.stored(config)
     options = app.TuneOptions(
-        config=config,
-        repeats=repeats,
-        seed=seed,
-        alone=alone,
-        show_progress=sys.stderr.isatty(),
+        config=config, repeats=repeats, seed=seed, show_progress=sys.stderr.isatty()
     )
     try:
         tuning = app.tune(options)

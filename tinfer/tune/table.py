@@ -29,8 +29,7 @@ def lines_of(tuning: Tuning) -> Iterator[str]:
     threads = f", {identity.num_threads} thread{'s' * (identity.num_threads > 1)}"
     ranks = f", {identity.tensor_parallel_size} ranks" if identity.tensor_parallel_size > 1 else ""
     yield f"{tuning.model} on {identity.device}{threads}{ranks}, {identity.dtype}"
-    how = "beside a busy worker" if tuning.beside_others else "alone"
-    yield f"measured {tuning.date} {how}, samples of a point lie {tuning.noise:.1%} apart (median)"
+    yield f"measured {tuning.date}, samples of a point lie {tuning.noise:.1%} apart (median)"
     yield from _section(tuning, "prefill", "prefill, a prompt alone in a step", _prefill_cells)
     yield from _section(tuning, "later-chunk", "later chunks of a prompt", _chunk_cells)
     yield from _section(tuning, "decode", "decode", _decode_cells)

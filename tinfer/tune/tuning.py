@@ -28,8 +28,7 @@ class Tuning(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     `date` when it was measured (UTC, ISO 8601), `repeats` and `seed` as asked for. `loop_s` is what
     a worker spends between two steps on messages; it is part of every sample of a step.
     `waited_share` is the share of its time in which the worker wanted to run and its core was given
-    to something else; that time is not in the samples. `beside_others`: steps were measured while
-    another worker of the box computed, as under load.
+    to something else; that time is not in the samples.
 
     Raises `ValueError` for costs by which a step takes no time.
     """
@@ -44,7 +43,6 @@ class Tuning(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     seed: int
     loop_s: float
     waited_share: float
-    beside_others: bool = False
     kv: KvRoom
     steps: tuple[StepPoint, ...]
     handoffs: tuple[HandoffPoint, ...]

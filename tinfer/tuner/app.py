@@ -50,13 +50,11 @@ class Interrupted(Exception):
 
 
 class TuneOptions(Struct, frozen=True, kw_only=True):
-    """What `tinfer tune` was asked for; `config` has the options that it shares with serving.
-    `alone`: with nothing to do for the second worker."""
+    """What `tinfer tune` was asked for; `config` has the options that it shares with serving."""
 
     config: ServeConfig
     repeats: int
     seed: int
-    alone: bool
     show_progress: bool
 
 
@@ -111,8 +109,7 @@ async def _measured(
         try:
             async with box:
                 with _Bar(options.show_progress) as bar:
-                    measured = await measure(box, options.repeats, options.seed, bar, options.alone)
-                    return measured, box.transport
+                    return await measure(box, options.repeats, options.seed, bar), box.transport
         except asyncio.CancelledError:
             raise Interrupted(caught[0] if caught else signal.SIGINT) from None
 
@@ -180,7 +177,6 @@ def _tuning(
         seed=options.seed,
         loop_s=measured.loop_s,
         waited_share=measured.waited_share,
-        beside_others=measured.beside_others,
         kv=measured.kv,
         steps=tuple(measured.steps),
         handoffs=tuple(measured.handoffs),

@@ -11,7 +11,7 @@ well. What the kernel counts of that is taken out again, so that such a box is m
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -79,21 +79,13 @@ class _Request(Struct):
 
 
 class Driver:
-    """Measures by one worker at a time; messages of other workers are none of its steps, and go to
-    `aside`."""
+    """Measures by one worker at a time; messages of other workers are none of its steps."""
 
-    def __init__(
-        self,
-        workers: Workers,
-        worker_id: str,
-        rng: random.Random,
-        aside: Callable[[Received], None] = lambda received: None,
-    ) -> None:
+    def __init__(self, workers: Workers, worker_id: str, rng: random.Random) -> None:
         self.ready = workers.ready[worker_id]
         self._workers = workers
         self._worker_id = worker_id
         self._rng = rng
-        self._aside = aside
         self._requests: dict[str, _Request] = {}
         self._before = wire.WorkerStats()
         self._since = workers.moment(worker_id)
@@ -133,9 +125,8 @@ class Driver:
         if not self._requests:
             return None
         while True:
-            moment, worker_id, message = received = await self._workers.receive()
+            moment, worker_id, message = await self._workers.receive()
             if worker_id != self._worker_id:
-                self._aside(received)
                 continue
             if isinstance(message, wire.Refused):
                 raise StartError(f"the engine refused a measurement: {message.message}")

@@ -16,7 +16,6 @@ from tinfer.tuner import design
 from tinfer.tuner.design import Batch, MixedStep, Point, Prompt
 from tinfer.tuner.driver import Driver, SeenStep
 from tinfer.tuner.rounds import Progress, rounds
-from tinfer.wire import messages as wire
 
 # A prompt whose step took so long is the last and largest of the curve.
 LONGEST_STEP_S = 4.0
@@ -28,7 +27,7 @@ class Stages:
     `waited_share` after `all_steps`."""
 
     def __init__(self, driver: Driver, repeats: int, progress: Progress) -> None:
-        self.room = room_of(driver.ready)
+        self.room = room_of(driver)
         self.loop_s = 0.0
         self.prefill_token_s = 0.0
         self.waited_share = 0.0
@@ -169,8 +168,9 @@ def _has_all(step: SeenStep, batch: Batch) -> bool:
     return step.num_decodes == batch.num_decodes and not step.is_first
 
 
-def room_of(ready: wire.Ready) -> KvRoom:
-    """What a worker holds. vLLM's buffer has one block more than it gives to requests."""
+def room_of(driver: Driver) -> KvRoom:
+    """What the worker holds. vLLM's buffer has one block more than it gives to requests."""
+    ready = driver.ready
     num_blocks = ready.num_blocks + (ready.engine == "vllm")
     return KvRoom(
         num_blocks=ready.num_blocks,
