@@ -3,7 +3,7 @@ sent away.
 
     python -m benchmarks.overload --engine fake --seed 1 --json overload_fake.json
     python -m benchmarks.overload --engine vllm --seed 1 --json overload_vllm.json \\
-        --arm "slo=--slo ttft:{ttft} tpot:{tpot}"
+        --arm "slo=--slo ttft:{ttft},tpot:{tpot}"
 
 First, on a server without bounds: the unloaded TTFT and TPOT, which set the SLO (5 and 4 times as
 much), and the capacity, which is the throughput with everything sent at once. Then each *arm*, a

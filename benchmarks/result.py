@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import sys
 import time
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
 from tinfer.bench.compare.hardware import hardware_of, versions
+
+_TARGETS = ("--json", "--plot", "--runs")
 
 
 def unwind_on_sigterm() -> None:
@@ -19,19 +22,22 @@ def unwind_on_sigterm() -> None:
 
 def heading(name: str) -> dict[str, Any]:
     """The benchmark, the command line that was given, the day, the machine and the versions."""
-    words = [word for word in sys.argv[1:] if not _is_file(word)]
     return {
         "benchmark": name,
-        "command": " ".join(["python", "-m", f"benchmarks.{name}", *words]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *_asked(sys.argv[1:])]),
         "date": time.strftime("%Y-%m-%d"),
         "hardware": hardware_of(),
         "versions": versions(),
     }
 
 
-def _is_file(word: str) -> bool:
-    """Where a result goes is no part of what was measured."""
-    return word == "--json" or Path(word).suffix in (".json", ".png")
+def _asked(words: Sequence[str]) -> Iterator[str]:
+    """Without where the result goes, which is no part of what was measured."""
+    before = ""
+    for word in words:
+        if word not in _TARGETS and before not in _TARGETS:
+            yield word
+        before = word
 
 
 def write(report: dict[str, Any], file: TextIO | None) -> None:

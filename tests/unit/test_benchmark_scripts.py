@@ -10,6 +10,7 @@ import click
 import pytest
 
 from benchmarks import flips, sim_reality
+from benchmarks.result import heading
 from tests.unit.core_box import CAPACITY, PLAIN
 from tinfer.cli import main
 from tinfer.core import events as ev
@@ -53,6 +54,13 @@ def test_ratios_are_of_the_means_over_all_runs() -> None:
     ]
     assert runs[0]["figures"]["mean_ttft_ms"] == {"real": 1.0, "simulated": 2.0, "ratio": 2.0}
     assert set(sim_reality.ratios(runs).values()) == {1.0}
+
+
+def test_a_result_names_its_command_but_not_where_it_went(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["x.py", "heavy", "--tuned", "t.json", "--serve", "--a 1", "--json", "o.json", "--seed"]
+    monkeypatch.setattr("sys.argv", [*words, "1", "--plot", "p.png"])
+    wanted = "python -m benchmarks.some heavy --tuned t.json --serve '--a 1' --seed 1"
+    assert heading("some")["command"] == wanted
 
 
 def test_changes_of_role_are_read_off_an_event_log(tmp_path: Path) -> None:
